@@ -1,0 +1,57 @@
+"""The reader contract: whatever the file was, a reader returns a Scan or raises ScanError with the reason.
+
+Shape letters used in this package: D slices, H rows, W columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One volume (or one image, D = 1) in physical units, as a stack of slices.
+
+    A Scan is valid once constructed; ``__post_init__`` checks what every later stage relies on.
+    """
+
+    voxels: NDArray[np.float32]
+    """[D,H,W], after the modality LUT (DICOM PS3.3 C.11.1): Hounsfield units for CT, arbitrary for the others; finite.
+    Float32 holds every integer that a 16-bit scanner stores exactly. MONOCHROME1 is already inverted."""
+
+    affine: NDArray[np.float64]
+    """[4,4], maps the array index (d,h,w,1) to RAS+ millimetres (NIfTI's world). Column norms are the spacing.
+    For images without geometry: identity with ``spacing_mm`` on the diagonal."""
+
+    spacing_mm: tuple[float, float, float]
+    """Distance between voxel centres along (d,h,w). (1,1,1) where the file records none."""
+
+    modality: str
+    """A key of ``medclr.scans.modality.MODALITIES``."""
+
+    source_shape: tuple[int, ...]
+    """Shape of the array in the source file's own index order, before any transposition or flip."""
+
+    source_axes: tuple[int, int, int] = (0, 1, 2)
+    """For each of (d,h,w): which source axis it came from."""
+
+    source_flips: tuple[bool, bool, bool] = (False, False, False)
+    """For each of (d,h,w): whether it runs against the source axis."""
+
+    def __post_init__(self) -> None:
+        from medclr.errors import ScanError
+        from medclr.scans.modality import MODALITIES
+
+        if self.voxels.ndim != 3 or 0 in self.voxels.shape:
+            raise ScanError(f"expected voxels of shape [D,H,W], got {list(self.voxels.shape)}")
+        if self.voxels.dtype != np.float32:
+            raise ScanError(f"expected float32 voxels, got {self.voxels.dtype}")
+        if not np.isfinite(self.voxels).all():
+            raise ScanError("voxels hold NaN or infinity")
+        if self.affine.shape != (4, 4) or not np.isfinite(self.affine).all():
+            raise ScanError("the affine is not a finite 4x4 matrix")
+        if not all(np.isfinite(s) and s > 0 for s in self.spacing_mm):
+            raise ScanError(f"voxel spacing {self.spacing_mm} mm is not positive")
+        if self.modality not in MODALITIES:
+            raise ScanError(f"unknown modality {self.modality!r}; known are {', '.join(MODALITIES)}")
