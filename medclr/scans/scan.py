@@ -4,6 +4,7 @@ Shape letters used in this package: D slices, H rows, W columns.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,3 +56,39 @@ class Scan:
             raise ScanError(f"voxel spacing {self.spacing_mm} mm is not positive")
         if self.modality not in MODALITIES:
             raise ScanError(f"unknown modality {self.modality!r}; known are {', '.join(MODALITIES)}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One scan that a reader found, from headers alone.
+
+    The identity fields only feed keyed pseudonyms; none of them is ever written.
+    """
+
+    files: tuple[Path, ...]
+    """The scan's files; the slices of a DICOM series in geometric order."""
+
+    modality: str | None
+    """A key of ``medclr.scans.modality.MODALITIES``; None: the file does not say."""
+
+    patient: str
+    """Identity as the file gives it; '' if unknown."""
+
+    study: str
+    """StudyInstanceUID (0020,000D), or ''."""
+
+    series: str
+    """What is unique to this scan inside its study: SeriesInstanceUID and which part of it; or ''."""
+
+    body_part: str
+    """BodyPartExamined (0018,0015) as a lower-case defined term (PS3.16 annex L); '' if it is none of them,
+    because free text could carry identity."""
+
+    plane: str
+    """axial, coronal, sagittal, oblique, or '' where the file records no orientation."""
+
+    shape: tuple[int, int, int]
+    """(D,H,W)."""
+
+    spacing_mm: tuple[float, float, float]
+    """Distance between voxel centres along (d,h,w); (1,1,1) where the file records none."""
