@@ -1,0 +1,50 @@
+"""medclr: contrastive pretraining on unlabelled hospital scans.
+
+The public API is the verbs of the command line as functions, and ``load_encoder``. Each is imported when first used.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_API = {
+    "index": "medclr.scans.index",
+    "prepare": "medclr.data.prepare",
+    "verify": "medclr.data.store",
+    "pretrain": "medclr.pretrain",
+    "probe": "medclr.probe",
+    "embed": "medclr.embed",
+    "load_encoder": "medclr.models.encoder",
+}
+
+__all__ = ["__version__", "embed", "index", "load_encoder", "prepare", "pretrain", "probe", "verify"]
+
+if TYPE_CHECKING:
+    from medclr.data.prepare import prepare as prepare
+    from medclr.data.store import verify as verify
+    from medclr.embed import embed as embed
+    from medclr.models.encoder import load_encoder as load_encoder
+    from medclr.pretrain import pretrain as pretrain
+    from medclr.probe import probe as probe
+    from medclr.scans.index import index as index
+
+
+class _Package(types.ModuleType):
+    """``medclr.pretrain`` is a function, and a module of that name holds it: the function wins, whatever was imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _API:
+            raise AttributeError(f"module 'medclr' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_API[name]), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _API and isinstance(value, types.ModuleType)):  # the import system binds submodules here
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,107 @@
+"""The command line: a verb is the function of the same name, and its signature is its options.
+
+Nothing heavy is imported before the verb is known: ``medclr --help`` answers at once.
+"""
+
+import importlib
+import signal
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medclr.errors import MedclrError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of the command line."""
+
+    module: str
+    """Module that holds a function of the verb's name, and the function's own parser if it has ``options``."""
+
+    help: str
+    """One line for ``medclr --help``."""
+
+    positional: str = ""
+    """Name of the parameter that is given without ``--``."""
+
+
+VERBS = {
+    "index": Verb("medclr.scans.index", "find the scans in folders and write a manifest", positional="roots"),
+    "prepare": Verb("medclr.data.prepare", "decode each scan once into a slice store", positional="manifest"),
+    "verify": Verb("medclr.data.store", "check a slice store against what was written", positional="store"),
+    "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)"),
+    "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
+    "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),
+    "demo": Verb("medclr.demo", "the whole road on a cohort of phantom patients"),
+}
+
+
+def usage() -> str:
+    """The text of ``medclr --help``."""
+    rows = "\n".join(f"  {name:<10} {verb.help}" for name, verb in VERBS.items())
+    return (
+        "usage: medclr VERB [options]\n\n"
+        "From a folder of unlabelled scans to a model that works with a few labelled cases.\n\n"
+        f"{rows}\n\n"
+        "medclr VERB --help explains the options of a verb; medclr --version says which medclr this is."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 something the user can mend, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        import medclr
+
+        print(f"medclr {medclr.__version__}")
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's stop is a Ctrl-C: save and leave
+    try:
+        result = _run(words[0], words[1:])
+    except MedclrError as error:
+        print(f"medclr: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        print(f"medclr: {interruption or 'interrupted; the same command again continues'}", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(result)
+    return 0
+
+
+def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(name: str, arguments: list[str]) -> Any:
+    from medclr.config import nearest, option_parser, parse
+
+    if name not in VERBS:
+        raise MedclrError(f"unknown verb {name!r}{nearest(name, list(VERBS))}")
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    if hasattr(module, "command"):  # a verb whose options depend on other options parses them itself
+        return module.command(arguments)
+    function: Callable[..., Any] = getattr(module, name)
+    summary = (function.__doc__ or verb.help).split("\n\n")[0]
+
+    def add(parser: Any) -> None:
+        from inspect import signature
+        from pathlib import Path
+
+        if verb.positional:
+            many = "list" in str(signature(function).parameters[verb.positional].annotation)
+            parser.add_argument(verb.positional, type=Path, **({"nargs": "+"} if many else {}))
+        parser.add_function_arguments(function, as_positional=False, skip={verb.positional} - {""})
+
+    return function(**parse(option_parser(f"medclr {name}", summary, add), arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Typed settings: strict YAML and command line in, resolved YAML out.
+
+A setting is a field of a frozen dataclass with a docstring under it; that docstring is its ``--help``. The settings of
+a pretraining method live in the method's own file (``medclr/methods/NAME.py``, class ``Config``) and stand in the YAML
+under the method's name, so that a new method needs no edit of this file.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medclr.errors import MedclrError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network that is pretrained: a MONAI ResNet on one grey channel."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
+    """Depth."""
+
+    width: Literal[1, 2] = 1
+    """Multiplies the channels of every stage."""
+
+    stem: Literal["auto", "imagenet", "medium", "small"] = "auto"
+    """First layers. imagenet: 7x7 stride 2 and max-pool (1/4 of the size); medium: 3x3 stride 2 (1/2);
+    small: 3x3 stride 1 (the CIFAR ResNet); auto: small for inputs of at most 32 px, imagenet above."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """How the two random views of a slice are made; what is plausible for a modality stands in scans/modality.py."""
+
+    size_px: int = 224
+    """Side of a view."""
+
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the slice's area that a crop keeps."""
+
+    rotation: float = 1.0
+    """Multiplies the modality's largest plausible rotation; 0 turns rotation off."""
+
+    intensity: float = 1.0
+    """Multiplies the strength of every intensity jitter (window, gamma, contrast, bias field, noise, speckle, gain)."""
+
+    blur: float = 0.5
+    """Probability of a Gaussian blur."""
+
+    cutout: float = 0.2
+    """Probability of a cut-out square."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which slices of the store are trained on."""
+
+    split: str = ""
+    """Only scans of this split of the manifest (say, train); empty: all. What is tested on later must stay out."""
+
+    slices_per_scan: int | None = None
+    """An epoch takes at most this many slices of each scan, drawn anew each epoch; null: all."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    """LARS as in SimCLR, or AdamW / SGD from torch."""
+
+    lr: float = 0.075
+    """Base learning rate, before scaling with the batch."""
+
+    lr_scaling: Literal["linear", "sqrt", "none"] = "sqrt"
+    """linear: lr x batch/256; sqrt: lr x sqrt(batch); none: lr as it is."""
+
+    weight_decay: float = 1e-6
+    """Weight decay; biases and normalisation are excluded."""
+
+    momentum: float = 0.9
+    """Momentum of LARS and SGD."""
+
+    warmup: float = 0.1
+    """Share of the run with a linear warm-up from 0; cosine to 0 follows."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What a run watches and keeps."""
+
+    every_epochs: int = 1
+    """Effective rank, uniformity and kNN on a fixed sample of training slices, each so many epochs."""
+
+    sample: int = 1024
+    """Slices in that sample."""
+
+    checkpoint_minutes: float = 10.0
+    """A checkpoint at least this often, and at the end and when interrupted."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of ``medclr pretrain``."""
+
+    method: str = "simclr"
+    """A file of medclr/methods; its own settings stand under its name."""
+
+    seed: int = 0
+    """Every sample order, view and initial weight follows from it."""
+
+    epochs: int = 100
+    """Passes over the slices."""
+
+    batch: int = 256
+    """Slices a step over all processes; each gives two views. The last partial batch of an epoch is dropped."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network; loss and weights stay in float32."""
+
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The network."""
+
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """The augmentation."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The slices."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Monitoring and checkpoints."""
+
+    def __post_init__(self) -> None:
+        low, high = self.views.crop_area
+        checks = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch": (self.batch >= 2, "at least 2, because a lone slice has no negatives"),
+            "views.size_px": (self.views.size_px >= 8, "at least 8"),
+            "views.crop_area": (0 < low <= high <= 1, "two numbers with 0 < smallest <= largest <= 1"),
+            "optim.lr": (self.optim.lr > 0, "above 0"),
+            "optim.warmup": (0 <= self.optim.warmup < 1, "a share of the run, at least 0 and below 1"),
+            "monitor.every_epochs": (self.monitor.every_epochs >= 1, "at least 1"),
+        }
+        wrong = [f"{key} must be {rule}" for key, (holds, rule) in checks.items() if not holds]
+        if wrong:
+            raise MedclrError("; ".join(wrong))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``'; the nearest known is X'``, or all the known ones where nothing is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; the nearest known one is {close[0]!r}" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def option_parser(prog: str, description: str, add: Callable[[Any], None], *, config: bool = False) -> Any:
+    """A strict jsonargparse parser; ``add(parser)`` declares the options, ``config`` allows ``--config FILE``."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    if config:
+        parser.add_argument("--config", action="config", help="YAML file with settings; later ones win.")
+    add(parser)
+    return parser
+
+
+def parse(parser: Any, arguments: Sequence[str]) -> Any:
+    """Parse and build: nested groups become their dataclasses.
+
+    Raises:
+        MedclrError: an unknown setting (with the nearest known one) or a wrong type, in a file or an option.
+    """
+    import argparse
+
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in arguments:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and len(name) > 2 and name not in known:
+            raise MedclrError(f"unknown setting {name}{nearest(name, known)}")
+    for path in _config_files(arguments):
+        _check_keys(path, {option[2:] for option in known})
+    try:
+        return parser.instantiate(parser.parse_args(list(arguments)))
+    except argparse.ArgumentError as error:
+        raise MedclrError(_one_sentence(str(error))) from error
+
+
+def dataclass_options(parser: Any, settings: type, group: str | None = None) -> None:
+    """Declare each field of the dataclass ``settings``, nested ones included, optionally under ``group``."""
+    parser.add_class_arguments(settings, group, help=(settings.__doc__ or "").strip())
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """Resolved settings as YAML, in the order of their declaration."""
+    import yaml
+
+    return str(yaml.safe_dump(_plain(settings), sort_keys=False, default_flow_style=None, width=120))
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings in which two resolved configurations differ."""
+    flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
+    return sorted(key for key in flat_a.keys() | flat_b.keys() if flat_a.get(key) != flat_b.get(key))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        MedclrError: missing, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MedclrError(f"{path}: there is no such settings file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MedclrError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise MedclrError(f"{path}: expected settings as 'name: value' lines")
+    return content
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--config" and following:
+            yield Path(following)
+        elif word.startswith("--config="):
+            yield Path(word.removeprefix("--config="))
+
+
+def _check_keys(path: Path, known: set[str]) -> None:
+    for key, _ in _flatten(read_yaml(path)):
+        if key not in known:
+            raise MedclrError(f"{path}: unknown setting {key!r}{nearest(key, sorted(known))}")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _one_sentence(text: str) -> str:
+    """jsonargparse explains over several indented lines; the user gets them as one."""
+    return " ".join(text.replace("Parser key", "setting").replace("<class '", "").replace("'>", "").split())
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as nested plain types, equal to what ``read_yaml`` gives back for its YAML."""
+    plain: dict[str, Any] = _plain(settings)
+    return plain
+
+
+def on_terminal() -> bool:
+    """Whether a person is watching: progress bars are drawn only then."""
+    return sys.stderr.isatty()
