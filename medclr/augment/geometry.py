@@ -1,0 +1,136 @@
+"""Crop, mirror, rotate and resize in one resampling, so that an image is interpolated once."""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medclr.augment.transform import BatchTransform, Params, per_image, select, uniform
+
+TRIES = 10
+"""Crops drawn until one fits into the image, as torchvision's RandomResizedCrop does."""
+
+
+def crop_box(params: Params, height: float, width: float, aspect: tuple[float, float]) -> tuple[Tensor, ...]:
+    """Top, left, height and width [n] in pixels of the drawn crops, with torchvision's rounding to whole pixels.
+
+    The first of the ``TRIES`` drawn (area, aspect) that fits is taken. Where none does: the largest centred crop whose
+    aspect ratio is allowed.
+    """
+    ratio = params["log_aspect"].exp()  # [n,TRIES], width / height
+    area = params["area"] * (height * width)  # [n,TRIES]
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [n,TRIES]
+    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)  # [n,1]; 0 where none fits
+    found = fits.any(1)
+    fallback = min(max(width / height, aspect[0]), aspect[1])
+    h = torch.where(found, h.gather(1, first)[:, 0], float(round(min(height, width / fallback))))  # [n]
+    w = torch.where(found, w.gather(1, first)[:, 0], float(round(min(width, height * fallback))))  # [n]
+    free = torch.stack([height - h, width - w], 1)  # [n,2]
+    at = torch.where(found[:, None], (params["at"] * (free + 1)).floor().minimum(free), (free / 2).floor())  # [n,2]
+    return at[:, 0], at[:, 1], h, w
+
+
+def pyramid_level(height: Tensor, width: Tensor, size_px: int) -> Tensor:
+    """How often to halve the image before sampling a crop of that size, [n] int64.
+
+    The nearest level of the image pyramid, so that bilinear sampling steps over at most sqrt(2) pixels and reads every
+    one of them: Williams, Pyramidal parametrics, SIGGRAPH 1983.
+    """
+    step = (height * width).sqrt() / size_px  # source pixels an output pixel
+    return step.log2().round().clamp(min=0).long()
+
+
+def resample(images: Tensor, matrix: Tensor, air: Tensor, size_px: int, level: int = 0) -> Tensor:
+    """Bilinear sampling of [B,1,H,W] at an affine grid, after averaging blocks of 2**level pixels.
+
+    Args:
+        images: [B,1,H,W].
+        matrix: [B,2,3], from output (u, v, 1), both in [-1,1] from edge to edge, to source (x, y) in pixels, where
+            pixel i covers [i, i+1].
+        air: [B], the value outside of the image.
+        size_px: rows and columns of the output.
+        level: of the image pyramid.
+
+    Returns:
+        [B,1,s,s].
+    """
+    outside = per_image(air)
+    source = images - outside  # grid_sample pads with zero
+    if level:
+        source = F.avg_pool2d(source, 2**level, ceil_mode=True)
+    extent = torch.tensor([source.shape[3], source.shape[2]], device=images.device) * 2**level  # (x, y) in pixels
+    m = matrix * (2 / extent)[:, None]  # [B,2,3], to grid_sample's [-1,1]
+    m[:, :, 2] -= 1
+    u = (torch.arange(size_px, device=images.device) * 2 + 1) / size_px - 1  # [s]
+    grid = torch.empty(len(images), size_px, size_px, 2, device=images.device)
+    for axis in (0, 1):  # broadcasting is several times faster than affine_grid
+        across = m[:, axis, 0, None] * u  # [B,s], along a row
+        down = m[:, axis, 1, None] * u + m[:, axis, 2, None]  # [B,s], along a column
+        torch.add(across[:, None, :], down[:, :, None], out=grid[..., axis])
+    return F.grid_sample(source, grid, align_corners=False).add_(outside)
+
+
+class RandomResizedCrop(BatchTransform):
+    """A random crop, perhaps mirrored and slightly rotated, resampled to ``size_px`` x ``size_px`` pixels.
+
+    Area and aspect ratio follow torchvision's RandomResizedCrop: area uniform, log-aspect uniform, the first of ten
+    draws that fits, anywhere inside the image with equal chance. The crop is rotated about its own centre; what then
+    lies outside the image is air.
+    """
+
+    facts: ClassVar[tuple[str, ...]] = ("air",)
+
+    def __init__(
+        self,
+        size_px: int,
+        area: tuple[float, float] = (0.2, 1.0),
+        aspect: tuple[float, float] = (3 / 4, 4 / 3),
+        rotation_deg: float = 0.0,
+        flip_lr: bool = False,
+        flip_ud: bool = False,
+    ) -> None:
+        super().__init__(prob=1.0)
+        self.size_px, self.area, self.aspect, self.rotation_deg = size_px, area, aspect, rotation_deg
+        self.flip_lr, self.flip_ud = flip_lr, flip_ud
+
+    def sample(self, n: int, R: np.random.RandomState) -> Params:
+        """``area`` (fraction) and ``log_aspect`` [n,10], ``at`` [n,2] in [0,1), ``rotation_deg``, ``flip_*`` [n]."""
+        return {
+            "area": uniform(R, (n, TRIES), *self.area),
+            "log_aspect": uniform(R, (n, TRIES), *np.log(self.aspect)),
+            "at": uniform(R, (n, 2), 0, 1),
+            "rotation_deg": uniform(R, n, -self.rotation_deg, self.rotation_deg),
+            "flip_lr": torch.from_numpy(R.random_sample(n) < 0.5 * self.flip_lr),
+            "flip_ud": torch.from_numpy(R.random_sample(n) < 0.5 * self.flip_ud),
+        }
+
+    def measure(self, images: Tensor) -> Params:
+        """Without a batch that knows better, the darkest pixel is air."""
+        return {"air": images.amin((1, 2, 3)).cpu()}
+
+    def apply(self, images: Tensor, params: Params, *, inplace: bool = False) -> Tensor:
+        """Resample every image to [B,1,s,s], one pyramid level after the other."""
+        top, left, h, w = crop_box(params, images.shape[2], images.shape[3], self.aspect)  # [B] each
+        angle = params["rotation_deg"].deg2rad()
+        across = torch.stack([angle.cos(), angle.sin()], 1) * (w / 2 * (1 - 2 * params["flip_lr"].float()))[:, None]
+        down = torch.stack([-angle.sin(), angle.cos()], 1) * (h / 2 * (1 - 2 * params["flip_ud"].float()))[:, None]
+        centre = torch.stack([left + w / 2, top + h / 2], 1)
+        matrix = torch.stack([across, down, centre], 2).to(images.device)  # [B,2,3]
+        air = params["air"].to(images.device)
+        levels = pyramid_level(h, w, self.size_px)  # [B], on the CPU
+        if (levels == levels[0]).all():
+            return resample(images, matrix, air, self.size_px, int(levels[0]))
+        out = images.new_empty(len(images), 1, self.size_px, self.size_px)
+        for level in levels.unique().tolist():
+            rows = (levels == level).nonzero()[:, 0].to(images.device)
+            out.index_copy_(0, rows, resample(images[rows], matrix[rows], air[rows], self.size_px, level))
+        return out
+
+    def describe(self, params: Params, i: int) -> str:
+        """Area of the crop as a fraction of a square image, rotation, mirroring."""
+        _, _, h, w = crop_box(select(params, slice(i, i + 1)), 1e4, 1e4, self.aspect)
+        text = f"crop {float(h * w) / 1e8:.2f} · rot {float(params['rotation_deg'][i]):.0f}°"
+        return text + " · lr" * bool(params["flip_lr"][i]) + " · ud" * bool(params["flip_ud"][i])
