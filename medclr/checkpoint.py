@@ -1,0 +1,159 @@
+"""What a run leaves on disk: checkpoints to resume from, and the exported encoder; read only if the checksum matches.
+
+RUN/checkpoints/step-0000100.pt          training state, tensors and plain types only
+RUN/checkpoints/step-0000100.pt.sha256   its checksum, as sha256sum writes it; written last
+RUN/encoder/encoder.safetensors          the encoder's tensors
+RUN/encoder/encoder.json                 architecture, input size, origin, and the checksum of the tensors; written last
+"""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medclr import files
+from medclr.errors import MedclrError
+
+KEEP = 2
+"""How many checkpoints stay: the newest, and the one before it in case that is damaged."""
+
+FORMAT_VERSION = 1
+"""Of encoder.json."""
+
+log = logging.getLogger(__name__)
+
+
+def save(run_dir: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write the training ``state`` after ``step`` steps, and remove checkpoints older than the last ``KEEP``.
+
+    ``state`` holds tensors, numbers, strings, and lists and dicts of these; only such can be loaded.
+    """
+    path = run_dir / "checkpoints" / f"step-{step:07d}.pt"
+    with files.writing(path) as temporary:
+        torch.save(state, temporary)
+        checksum = files.sha256(temporary)
+    files.write_text(_checksum_path(path), f"{checksum}  {path.name}\n")
+    for old in _checkpoints(run_dir)[:-KEEP]:
+        _checksum_path(old).unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None if it has none yet. A damaged newer one is logged and passed over.
+
+    Raises:
+        MedclrError: there are checkpoints, but all are damaged.
+    """
+    found = _checkpoints(run_dir)
+    for path in reversed(found):
+        if (damage := _damage(path)) is None:
+            return path
+        log.warning("%s %s; looking for the checkpoint before it", path, damage)
+    if found:
+        raise MedclrError(f"{found[0].parent}: every checkpoint is damaged; remove this folder to start the run again")
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The training state in a checkpoint, its tensors on the CPU.
+
+    Raises:
+        MedclrError: the file is missing, truncated or altered.
+    """
+    if (damage := _damage(path)) is not None:
+        raise MedclrError(f"{path} {damage}; remove it to resume from the checkpoint before it")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise MedclrError(f"{path} is not a checkpoint of medclr ({error}); remove it") from error
+    return state
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    if not path.is_file():
+        return "does not exist"
+    if not _checksum_path(path).is_file():
+        return "has no checksum beside it: its writing was interrupted"
+    if files.sha256(path) != _checksum_path(path).read_text(encoding="utf-8").split(" ")[0]:
+        return "does not match its checksum: it is truncated or was altered"
+    return None
+
+
+class Describable(Protocol):
+    """A module that can be exported: ``medclr.models.encoder.Encoder``."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def description(self) -> dict[str, Any]:
+        """The plain facts from which the module can be built again."""
+        ...
+
+
+def export_encoder(folder: Path, encoder: Describable, meta: dict[str, Any]) -> None:
+    """Write the encoder's tensors and encoder.json: its ``description``, and ``meta``, plain facts of its origin."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    path = folder / "encoder.safetensors"
+    with files.writing(path) as temporary:
+        save_file(tensors, temporary)
+        checksum = files.sha256(temporary)
+    facts = {
+        "format_version": FORMAT_VERSION,
+        **encoder.description(),
+        **meta,
+        "tensors": len(tensors),
+        "sha256": checksum,
+    }
+    files.write_json(folder / "encoder.json", facts)
+
+
+def encoder_folder(path: Path) -> Path:
+    """The encoder folder that ``path`` (a run folder or the encoder folder itself) stands for.
+
+    Raises:
+        MedclrError: there is no exported encoder.
+    """
+    for folder in (path, path / "encoder"):
+        if (folder / "encoder.json").is_file():
+            return folder
+    raise MedclrError(f"{path}: holds no exported encoder (encoder/encoder.json); name a finished pretraining run")
+
+
+def read_encoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of an exported encoder.
+
+    Raises:
+        MedclrError: written by another version, or damaged.
+    """
+    facts_path, path = folder / "encoder.json", folder / "encoder.safetensors"
+    try:
+        facts: dict[str, Any] = json.loads(facts_path.read_text(encoding="utf-8"))
+        version, checksum = facts["format_version"], facts["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise MedclrError(f"{facts_path}: is not the description of an encoder; export the encoder again") from error
+    if version != FORMAT_VERSION:
+        raise MedclrError(
+            f"{facts_path}: has format {version}, this medclr reads {FORMAT_VERSION}; use the medclr that wrote it"
+        )
+    try:
+        if files.sha256(path) != checksum:
+            raise MedclrError(f"{path}: does not match its checksum in encoder.json; export the encoder again")
+        return load_file(path), facts
+    except (FileNotFoundError, SafetensorError) as error:
+        raise MedclrError(f"{path}: cannot be read ({error}); export the encoder again") from error

@@ -1,0 +1,1 @@
+"""Networks: encoders, the heads on them, and where pretrained weights come from."""

