@@ -1,0 +1,64 @@
+"""What a hospital has -> Scan: readers, the modality table, the index, and pseudonyms.
+
+A reader is one module with four functions; to add one, write its file and put its name into ``READERS``.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from medclr.errors import ScanError
+
+if TYPE_CHECKING:
+    from medclr.scans.scan import Found, Scan
+
+READERS = ("dicom", "nifti", "image")
+"""Modules of this package, imported when first asked, in the order in which they are asked."""
+
+HEAD_BYTES = 4096
+"""How much of a file's start a reader needs to know its own."""
+
+
+class Reader(Protocol):
+    """What the module of a reader has to offer."""
+
+    def matches(self, head: bytes) -> bool:
+        """Whether a file that starts like this is one of its own."""
+
+    def read_header(self, path: Path, data: bytes | None = None) -> Any:
+        """What the file says of itself, checked, without its voxels; ``data`` are its bytes if known already."""
+
+    def find(self, headers: Sequence[Any]) -> "tuple[list[Found], list[tuple[Path, str]]]":
+        """Group headers into scans; also the files that are part of none, with the reason."""
+
+    def read(self, files: Sequence[Path], modality: str | None = None) -> "Scan":
+        """Read one scan."""
+
+
+def reader_of(head: bytes) -> Reader | None:
+    """The reader of files that start like this, judged by content and never by name."""
+    for name in READERS:
+        reader: Reader = importlib.import_module(f"{__name__}.{name}")
+        if reader.matches(head):
+            return reader
+    return None
+
+
+def read(files: Sequence[Path], modality: str | None = None) -> "Scan":
+    """Read one scan, whatever its format.
+
+    Args:
+        files: the file, or the slices of a DICOM series.
+        modality: a key of ``MODALITIES``, for formats that do not record it.
+
+    Raises:
+        ScanError: no reader knows the format, or the scan cannot be read.
+    """
+    if not files:
+        raise ScanError("a scan without files cannot be read")
+    with Path(files[0]).open("rb") as file:
+        reader = reader_of(file.read(HEAD_BYTES))
+    if reader is None:
+        raise ScanError("is neither DICOM, NIfTI nor a PNG, JPEG or TIFF image")
+    return reader.read(files, modality)
