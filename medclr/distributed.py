@@ -87,7 +87,7 @@ class Group:
 
     @classmethod
     def from_environment(cls) -> "Group":
-        """Join the group that ``torchrun`` describes in the environment (nccl on GPUs, else gloo), or be a single one."""
+        """Join the group that ``torchrun`` describes in the environment (nccl on GPUs, else gloo), if it does."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if torch.cuda.is_available():

@@ -4,11 +4,11 @@
 one batch and gives the loss and what to log. A new file here is a new method.
 """
 
-import difflib
 import importlib
 import pkgutil
 from types import ModuleType
 
+from medclr.config import nearest
 from medclr.errors import MedclrError
 
 
@@ -24,6 +24,5 @@ def get(name: str) -> ModuleType:
         MedclrError: there is no such method; names the nearest.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0)
-        raise MedclrError(f"method: {name!r} is unknown; did you mean {near[0]!r}? There are: {', '.join(names())}")
+        raise MedclrError(f"method: {name!r} is unknown{nearest(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")

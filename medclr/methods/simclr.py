@@ -55,18 +55,18 @@ class Method(nn.Module):
     def loss(
         self, a: Tensor, b: Tensor, batch: Any = None, group: Group | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views [B,1,S,S] of one batch -> NT-Xent, and what to log (0-d tensors, detached, of this process).
+        """Two views [B,1,S,S] of one batch -> NT-Xent, and what else to log (0-d tensors, detached, of this process).
 
         Both views go through the network in one pass, as in the reference, so that the batch-norm statistics are those
-        of all 2B views. ``batch`` is what the views came from; SimCLR does not look at it. ``group`` brings the negatives
-        of all processes.
+        of all 2B views. ``batch`` is what the views came from; SimCLR does not look at it. ``group`` brings the
+        negatives of all processes.
         """
         features = self.encoder(torch.cat([a, b]))  # [2B,F]
         za, zb = self.head(features).chunk(2)  # [B,K] each
         loss = nt_xent(za, zb, self.config.temperature, group)
         with torch.no_grad():
             positive = F.cosine_similarity(za.float(), zb.float()).mean()  # []
-        return loss, {"loss": loss.detach(), "positive_cosine": positive}
+        return loss, {"positive_cosine": positive}
 
     def forward(
         self, a: Tensor, b: Tensor, batch: Any = None, group: Group | None = None

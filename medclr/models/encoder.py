@@ -4,30 +4,28 @@ Letters: B images, F features, C channels, H rows, W columns, S the image side.
 Source: He et al. 2015 (arXiv 1512.03385), as in SimCLR (arXiv 2002.05709, appendix B.9 for the small stem).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
 from torch import Tensor, nn
 
 from medclr import checkpoint
+from medclr.config import EncoderConfig, nearest
 from medclr.errors import MedclrError
 
-Name = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-Stem = Literal["auto", "imagenet", "medium", "small"]
-
-BLOCKS: dict[Name, tuple[type[nn.Module], list[int]]] = {
+BLOCKS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "resnet18": (ResNetBlock, [2, 2, 2, 2]),
     "resnet34": (ResNetBlock, [3, 4, 6, 3]),
     "resnet50": (ResNetBottleneck, [3, 4, 6, 3]),
     "resnet101": (ResNetBottleneck, [3, 4, 23, 3]),
     "resnet152": (ResNetBottleneck, [3, 8, 36, 3]),
 }
-"""Residual block and blocks a stage."""
+"""Residual block, and how many of it in each stage."""
 
-STEMS: dict[Stem, dict[str, Any]] = {
+STEMS: dict[str, dict[str, Any]] = {
     "imagenet": {"conv1_t_size": 7, "conv1_t_stride": 2, "no_max_pool": False},
     "medium": {"conv1_t_size": 3, "conv1_t_stride": 2, "no_max_pool": True},
     "small": {"conv1_t_size": 3, "conv1_t_stride": 1, "no_max_pool": True},
@@ -35,42 +33,7 @@ STEMS: dict[Stem, dict[str, Any]] = {
 """Stem -> arguments of MONAI's ResNet."""
 
 SMALL_PX = 32
-"""Largest image side for which 'auto' takes the small stem, as the reference does."""
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Which network turns an image into features."""
-
-    name: Name = "resnet18"
-    """Depth. ResNet-18 and 34 have 512 features, the others 2048, times width."""
-
-    width: Literal[1, 2] = 1
-    """Multiplies the channels of every layer (the "2x" of SimCLR)."""
-
-    stem: Stem = "auto"
-    """First layers: 'imagenet' shrinks the image by 4 (7x7 stride 2, max-pool), 'medium' by 2 (3x3 stride 2; for about
-    64 px), 'small' not at all (3x3 stride 1; the CIFAR ResNet); 'auto' is small up to 32 px, else imagenet."""
-
-    normalise: Literal["none", "imagenet"] = "none"
-    """What the first convolution does to the image in [0,1]: 'none', or 'imagenet': subtract ImageNet's mean and divide
-    by its deviation per colour, folded into the weights (medclr.models.weights). Goes with ImageNet weights."""
-
-    def __post_init__(self) -> None:
-        """Raise MedclrError for a setting outside its choices."""
-        for field, choices in (("name", get_args(Name)), ("width", (1, 2)), ("stem", get_args(Stem)),
-                               ("normalise", ("none", "imagenet"))):  # fmt: skip
-            if getattr(self, field) not in choices:
-                known = ", ".join(map(str, choices))
-                raise MedclrError(
-                    f"encoder.{field}: {getattr(self, field)!r} is not one of {known}; choose one of these"
-                )
-
-    def stem_at(self, size_px: int) -> Stem:
-        """The stem for images of ``size_px``: never 'auto'."""
-        if self.stem != "auto":
-            return self.stem
-        return "small" if size_px <= SMALL_PX else "imagenet"
+"""Largest image side for which the stem 'auto' is 'small', as in the reference."""
 
 
 class Encoder(ResNet):
@@ -86,8 +49,12 @@ class Encoder(ResNet):
     """
 
     def __init__(self, config: EncoderConfig, size_px: int) -> None:
-        if size_px < 8:
-            raise MedclrError(f"size_px: {size_px} is too small for a ResNet; use at least 8")
+        stem = config.stem
+        if stem == "auto":
+            stem = "small" if size_px <= SMALL_PX else "imagenet"
+        for setting, value, known in (("name", config.name, BLOCKS), ("stem", stem, STEMS)):
+            if value not in known:
+                raise MedclrError(f"encoder.{setting}: {value!r} is unknown{nearest(value, list(known))}")
         block, layers = BLOCKS[config.name]
         super().__init__(
             block,
@@ -99,7 +66,7 @@ class Encoder(ResNet):
             shortcut_type="B",
             bias_downsample=False,
             feed_forward=False,
-            **STEMS[config.stem_at(size_px)],
+            **STEMS[stem],
         )
         self.config = config
         self.size_px = size_px
@@ -113,7 +80,7 @@ class Encoder(ResNet):
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """Image [B,1,H,W] -> feature maps [B,C,h,w] of the stem and the four stages, finest first."""
         if self.config.normalise == "imagenet":
-            x = torch.cat([x, torch.ones_like(x)], dim=1)  # [B,2,H,W]: see medclr.models.weights.fold
+            x = torch.cat([x, torch.ones_like(x)], dim=1)  # [B,2,H,W]: see weights.py
         x = self.act(self.bn1(self.conv1(x)))  # [B,64w,H/s,W/s]
         maps = [x]
         if not self.no_max_pool:
@@ -134,7 +101,7 @@ class Encoder(ResNet):
 
 
 def build_encoder(config: EncoderConfig, size_px: int) -> Encoder:
-    """A newly initialised encoder for images of ``size_px``; the stem 'auto' is settled here, for good."""
+    """A newly initialised encoder for images of ``size_px``, which settles the stem 'auto'."""
     return Encoder(config, size_px)
 
 
@@ -145,9 +112,9 @@ def load_encoder(path: Path | str) -> Encoder:
         MedclrError: there is none, a file is damaged, or a tensor is missing, left over or of another shape.
     """
     folder = checkpoint.encoder_folder(Path(path))
-    tensors, meta = checkpoint.read_encoder(folder)
+    tensors, facts = checkpoint.read_encoder(folder)
     try:
-        encoder = build_encoder(EncoderConfig(**meta["architecture"]), meta["size_px"])
+        encoder = build_encoder(EncoderConfig(**facts["architecture"]), facts["size_px"])
         encoder.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise MedclrError(

@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from medclr import files
+from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
-from medclr.models.encoder import Encoder, EncoderConfig, Name, build_encoder
+from medclr.models.encoder import Encoder, build_encoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-TORCHVISION_FILES: dict[Name, str] = {
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+TORCHVISION_FILES: dict[ResNetName, str] = {
     "resnet18": "resnet18-f37072fd.pth",
     "resnet34": "resnet34-b627a593.pth",
     "resnet50": "resnet50-0676ba61.pth",
@@ -79,7 +83,7 @@ class MatchReport:
         problems = self.misshapen + self.missing + [name for name in self.unexpected if name not in classifier]
         if problems or not self.matched:
             raise MedclrError(
-                f"{self.source}: these weights are of another network; choose the encoder that they were trained in\n{self}"
+                f"{self.source}: these weights are of another network; choose the encoder they were trained in\n{self}"
             )
 
 
@@ -120,7 +124,7 @@ def match(
 
 
 def load_torchvision(encoder: Encoder, path: Path) -> MatchReport:
-    """Fill ``encoder`` with a torchvision ResNet's state dict (.pth, or .safetensors of the same names), all or nothing.
+    """Fill ``encoder`` with a torchvision ResNet's state dict (.pth or .safetensors): all of it or nothing.
 
     The encoder must have been built with ``EncoderConfig(normalise="imagenet")``: its stem then takes the ones.
 
@@ -156,7 +160,27 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def download(name: Name, folder: Path) -> Path:
+def resnet_name(state: Mapping[str, Tensor], source: str) -> ResNetName:
+    """Which ResNet a torchvision state dict is of, told by its blocks.
+
+    Raises:
+        MedclrError: none that medclr knows.
+    """
+    bottleneck = "layer1.0.conv3.weight" in state
+    blocks = len({name.split(".")[1] for name in state if name.startswith("layer3.")})
+    names: dict[tuple[bool, int], ResNetName] = {
+        (False, 2): "resnet18",
+        (False, 6): "resnet34",
+        (True, 6): "resnet50",
+        (True, 23): "resnet101",
+        (True, 36): "resnet152",
+    }
+    if (bottleneck, blocks) not in names:
+        raise MedclrError(f"{source}: is not a torchvision ResNet; known are {', '.join(TORCHVISION_FILES)}")
+    return names[bottleneck, blocks]
+
+
+def download(name: ResNetName, folder: Path) -> Path:
     """torchvision's weights of ``name`` in ``folder``, downloaded unless there; the SHA-256 is checked.
 
     Raises:
@@ -222,43 +246,25 @@ class EfficientNetLite0(nn.Module):
         return maps.mean((2, 3))
 
 
-def efficientnet_lite0() -> EfficientNetLite0:
-    """The ImageNet baseline that works offline."""
-    return EfficientNetLite0()
+def imagenet(
+    weights: Path | None = None, fetch: ResNetName | None = None
+) -> tuple[Encoder | EfficientNetLite0, MatchReport]:
+    """Frozen ImageNet features for 224 px, and the report of their weights.
 
-
-def imagenet(weights: Path | None = None, size_px: int = 224) -> tuple[nn.Module, MatchReport]:
-    """Frozen ImageNet features: EfficientNet-Lite0, or the ResNet in a torchvision file ``weights``; and their report.
-
-    Both take images [B,1,H,W] in [0,1], have ``features`` and ``size_px``, and are in eval mode.
+    EfficientNet-Lite0 from installed packages; or the ResNet that the torchvision file ``weights`` holds; or the one
+    named by ``fetch``, downloaded into torch's own folder of weights. Nothing else touches the network.
 
     Raises:
         MedclrError: the weights cannot be had, or do not match.
     """
+    if fetch is not None:
+        weights = download(fetch, Path(torch.hub.get_dir()) / "checkpoints")
     if weights is None:
-        lite = efficientnet_lite0()
+        lite = EfficientNetLite0()
         return lite, lite.report
-    config = EncoderConfig(resnet_name(read_state_dict(weights), weights), stem="imagenet", normalise="imagenet")
-    encoder = build_encoder(config, size_px)
+    name = resnet_name(read_state_dict(weights), str(weights))
+    encoder = build_encoder(EncoderConfig(name, stem="imagenet", normalise="imagenet"), size_px=224)
     report = load_torchvision(encoder, weights)
-    return encoder.requires_grad_(False).eval(), report
-
-
-def resnet_name(state: Mapping[str, Tensor], path: Path) -> Name:
-    """Which ResNet a torchvision state dict is of, told by its blocks.
-
-    Raises:
-        MedclrError: none that medclr knows.
-    """
-    bottleneck = "layer1.0.conv3.weight" in state
-    blocks = len({name.split(".")[1] for name in state if name.startswith("layer3.")})
-    names: dict[tuple[bool, int], Name] = {
-        (False, 2): "resnet18",
-        (False, 6): "resnet34",
-        (True, 6): "resnet50",
-        (True, 23): "resnet101",
-        (True, 36): "resnet152",
-    }
-    if (bottleneck, blocks) not in names:
-        raise MedclrError(f"{path}: is not a torchvision ResNet; known are {', '.join(TORCHVISION_FILES)}")
-    return names[bottleneck, blocks]
+    encoder.requires_grad_(False)
+    encoder.eval()
+    return encoder, report
