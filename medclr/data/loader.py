@@ -1,0 +1,161 @@
+"""Slice store -> batches: the order of the samples, the rows of each process, and reading ahead.
+
+The order is a function of (seed, epoch) alone, so a run that is resumed at any step, or spread over another number of
+processes, takes the same samples.
+
+Shape letters: B slices of a batch, S = size_px.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from medclr.data.store import Store
+from medclr.errors import MedclrError
+
+READ_AHEAD = 3
+"""Batches that are read while the one before them is trained on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Slices and what is known of them."""
+
+    index: Tensor
+    """int64 [B], which slice of the store."""
+    images: Tensor
+    """float32 [B,1,S,S], physical units."""
+    low: Tensor
+    """float32 [B], 0.5 percentile of the scan, physical units."""
+    high: Tensor
+    """float32 [B], 99.5 percentile."""
+    air: Tensor
+    """float32 [B], what the padding holds."""
+    modality: Tensor
+    """int64 [B], index into ``modalities``."""
+    scan: Tensor
+    """int64 [B], row of the store's scans."""
+    patient: Tensor
+    """int64 [B], index into the store's patients."""
+    slice_index: Tensor
+    """int64 [B], d."""
+    position: Tensor
+    """float32 [B], d / (D - 1)."""
+    label: Tensor
+    """int64 [B], index into the store's labels; -1 = none."""
+    modalities: tuple[str, ...]
+    """Names, keys of ``medclr.scans.modality.MODALITIES``."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def select(self, rows: Any) -> "Batch":
+        """Some of its rows, given as a slice, whole numbers or a mask [B]."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, function: Any) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        del tensors["modalities"]
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+def load_batch(store: Store, indices: ArrayLike) -> Batch:
+    """Read slices of a store, in the order asked for."""
+    indices = np.asarray(indices, dtype=np.int64)  # [B]
+
+    def column(name: str, kind: type[np.number[Any]]) -> Tensor:
+        return torch.from_numpy(store.column(name)[indices].astype(kind))
+
+    floats = {name: column(name, np.float32) for name in ("low", "high", "air", "position")}
+    whole = {name: column(name, np.int64) for name in ("modality", "scan", "patient", "slice_index", "label")}
+    images = torch.from_numpy(store.physical(indices))[:, None]  # [B,1,S,S]
+    return Batch(
+        index=torch.from_numpy(indices.copy()), images=images, **floats, **whole, modalities=store.info.modalities
+    )
+
+
+class Loader:
+    """Shuffled batches of some slices of a store, this process's share of each.
+
+    Args:
+        store: where to read.
+        indices: the slices to draw from, such as ``store.indices("train")``.
+        batch_size: B of the global batch, over all processes.
+        seed: of the order.
+        rank: of this process: it gets rows [rank * b, (rank + 1) * b) of each global batch, b = B / world_size.
+        world_size: number of processes.
+        slices_per_scan: an epoch takes at most so many slices of each scan, drawn anew for each epoch; None: all.
+
+    Raises:
+        MedclrError: the batch is larger than what an epoch holds, or cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        indices: ArrayLike,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        slices_per_scan: int | None = None,
+    ) -> None:
+        self.store = store
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.slices_per_scan = slices_per_scan
+        if batch_size < 1 or batch_size % world_size:
+            raise MedclrError(f"batch_size {batch_size} cannot be shared evenly by {world_size} processes")
+        if slices_per_scan is not None and slices_per_scan < 1:
+            raise MedclrError(f"slices_per_scan {slices_per_scan} must be at least 1, or null for all")
+        share = batch_size // world_size
+        self._rows = slice(rank * share, (rank + 1) * share)
+        n_slices = len(self.order(0))
+        self.steps_per_epoch = n_slices // batch_size
+        """The last, partial batch of an epoch is dropped."""
+        if self.steps_per_epoch == 0:
+            raise MedclrError(
+                f"batch_size {batch_size} is larger than the data: an epoch holds {n_slices} slices; lower batch_size"
+            )
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The slices of an epoch, in order."""
+        generator = np.random.default_rng([self.seed, epoch])
+        shuffled = generator.permutation(self.indices)
+        if self.slices_per_scan is None:
+            return shuffled
+        scan = self.store.column("scan")[shuffled]
+        by_scan = np.argsort(scan, kind="stable")
+        first = np.searchsorted(scan[by_scan], scan[by_scan])  # where the scan's slices begin
+        place = np.empty_like(by_scan)
+        place[by_scan] = np.arange(len(scan)) - first  # how many slices of its scan come before each
+        return shuffled[place < self.slices_per_scan]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from ``start_step`` on; a thread reads the next ones meanwhile."""
+        order = self.order(epoch)
+        steps = range(start_step, self.steps_per_epoch)
+        batches = (order[step * self.batch_size : (step + 1) * self.batch_size][self._rows] for step in steps)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for indices in batches:
+                waiting.append(pool.submit(load_batch, self.store, indices))
+                if len(waiting) > READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
