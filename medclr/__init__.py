@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Package(types.ModuleType):
-    """``medclr.pretrain`` is a function, and a module of that name holds it: the function wins, whatever was imported."""
+    """``medclr.pretrain`` is a function, and a module of that name holds it: the function wins in any order."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _API:

@@ -7,7 +7,7 @@ under the method's name, so that a new method needs no edit of this file.
 
 import difflib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,18 @@ class EncoderConfig:
     """The network that is pretrained: a MONAI ResNet on one grey channel."""
 
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
-    """Depth."""
+    """Depth. ResNet-18 and 34 have 512 features, the others 2048, times width."""
 
     width: Literal[1, 2] = 1
-    """Multiplies the channels of every stage."""
+    """Multiplies the channels of every layer (the "2x" of SimCLR)."""
 
     stem: Literal["auto", "imagenet", "medium", "small"] = "auto"
-    """First layers. imagenet: 7x7 stride 2 and max-pool (1/4 of the size); medium: 3x3 stride 2 (1/2);
+    """First layers. imagenet: 7x7 stride 2 and max-pool (1/4 of the size); medium: 3x3 stride 2 (1/2; for about 64 px);
     small: 3x3 stride 1 (the CIFAR ResNet); auto: small for inputs of at most 32 px, imagenet above."""
+
+    normalise: Literal["none", "imagenet"] = "none"
+    """What the first convolution does to the image in [0,1]: none, or imagenet: subtract ImageNet's mean and divide by
+    its deviation per colour, folded into the weights (models/weights.py). Goes with ImageNet weights."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,43 @@ class ViewsConfig:
     """How the two random views of a slice are made; what is plausible for a modality stands in scans/modality.py."""
 
     size_px: int = 224
-    """Side of a view."""
+    """Rows and columns of a view."""
 
     crop_area: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest share of the slice's area that a crop keeps."""
+    """Smallest and largest area of the random crop, as fractions of the slice."""
 
-    rotation: float = 1.0
-    """Multiplies the modality's largest plausible rotation; 0 turns rotation off."""
+    rotation_deg: float | None = None
+    """Largest rotation either way, in degrees; null: what is plausible for the modality."""
 
-    intensity: float = 1.0
-    """Multiplies the strength of every intensity jitter (window, gamma, contrast, bias field, noise, speckle, gain)."""
+    flip: bool = True
+    """Mirror views at random, where the modality allows it."""
+
+    strength: float = 1.0
+    """Multiplies the width of every intensity jitter: window, range, gamma, contrast, bias field, gain and noise."""
+
+    noise: float = 0.5
+    """Probability of noise (of speckle, in ultrasound)."""
 
     blur: float = 0.5
     """Probability of a Gaussian blur."""
 
     cutout: float = 0.2
-    """Probability of a cut-out square."""
+    """Probability that a rectangle is cut out."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        _require(
+            {
+                "views.size_px": (self.size_px >= 8, "at least 8"),
+                "views.crop_area": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),
+                "views.rotation_deg": (self.rotation_deg is None or 0 <= self.rotation_deg <= 180, "0 to 180, or null"),
+                "views.strength": (0 <= self.strength <= 2, "0 (no intensity jitter) to 2"),
+                **{
+                    f"views.{name}": (0 <= getattr(self, name) <= 1, "a probability, 0 to 1")
+                    for name in ("noise", "blur", "cutout")
+                },
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -139,19 +164,22 @@ class PretrainConfig:
     """Monitoring and checkpoints."""
 
     def __post_init__(self) -> None:
-        low, high = self.views.crop_area
-        checks = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch": (self.batch >= 2, "at least 2, because a lone slice has no negatives"),
-            "views.size_px": (self.views.size_px >= 8, "at least 8"),
-            "views.crop_area": (0 < low <= high <= 1, "two numbers with 0 < smallest <= largest <= 1"),
-            "optim.lr": (self.optim.lr > 0, "above 0"),
-            "optim.warmup": (0 <= self.optim.warmup < 1, "a share of the run, at least 0 and below 1"),
-            "monitor.every_epochs": (self.monitor.every_epochs >= 1, "at least 1"),
-        }
-        wrong = [f"{key} must be {rule}" for key, (holds, rule) in checks.items() if not holds]
-        if wrong:
-            raise MedclrError("; ".join(wrong))
+        _require(
+            {
+                "epochs": (self.epochs >= 1, "at least 1"),
+                "batch": (self.batch >= 2, "at least 2, because a lone slice has no negatives"),
+                "optim.lr": (self.optim.lr > 0, "above 0"),
+                "optim.warmup": (0 <= self.optim.warmup < 1, "a share of the run, at least 0 and below 1"),
+                "monitor.every_epochs": (self.monitor.every_epochs >= 1, "at least 1"),
+            }
+        )
+
+
+def _require(rules: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise one MedclrError that names every setting whose rule does not hold."""
+    wrong = [f"{key} must be {rule}" for key, (holds, rule) in rules.items() if not holds]
+    if wrong:
+        raise MedclrError("; ".join(wrong))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

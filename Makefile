@@ -1,0 +1,29 @@
+# One command sets everything up and runs the main job; one sets everything up and passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four minutes, pictures in demo/
+	$(BIN)/medclr demo --out demo
+
+test: $(STAMP) lint  ## lint, types and the quick tests
+	$(BIN)/pytest
+
+test-slow: $(STAMP)  ## tests that take minutes
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[imagenet,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

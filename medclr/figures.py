@@ -1,0 +1,127 @@
+"""Every picture that medclr draws, as PNG: curves, contact sheets, embedding maps, score plots.
+
+Drawn with matplotlib's object interface: no global state, no display needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from medclr.files import writing
+
+INK, FAINT = "#1b2733", "#c9d1d9"
+COLOURS = ("#0b6e8f", "#d1495b", "#edae49", "#4f772d", "#7b4b94", "#2e4057", "#a05c2f", "#00798c")
+
+
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """Write the figure as PNG, atomically."""
+    FigureCanvasAgg(figure)
+    with writing(path) as temporary:
+        figure.savefig(
+            temporary, format="png", dpi=dpi, facecolor="white", bbox_inches="tight", metadata={"Software": None}
+        )
+
+
+def _axes(figure: Figure, rows: int, columns: int) -> list[Any]:
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK, labelsize=8)
+        axis.grid(color=FAINT, linewidth=0.5)
+        axis.set_axisbelow(True)
+    return list(axes.flat)
+
+
+def curves(path: Path, metrics: Sequence[Mapping[str, float]], panels: Mapping[str, str]) -> None:
+    """One panel a figure over the step; ``panels`` maps a key of the metrics to its title. Absent keys get no panel."""
+    present = {key: title for key, title in panels.items() if any(key in row for row in metrics)}
+    if not present:
+        return
+    columns = min(3, len(present))
+    lines = -(-len(present) // columns)
+    figure = Figure(figsize=(4 * columns, 2.7 * lines), layout="constrained")
+    axes = _axes(figure, lines, columns)
+    for index, (axis, (key, title)) in enumerate(zip(axes, present.items(), strict=False)):
+        points = np.array([(row["step"], row[key]) for row in metrics if key in row], dtype=float)  # [n,2]
+        few = len(points) <= 30
+        axis.plot(
+            *points.T, color=COLOURS[index % len(COLOURS)], linewidth=1.4, marker="o" if few else None, markersize=3
+        )
+        axis.set_title(title, fontsize=10, color=INK, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+    for axis in axes[len(present) :]:
+        axis.set_visible(False)
+    save(figure, path)
+
+
+def contact_sheet(
+    path: Path,
+    columns: Sequence[tuple[str, NDArray[np.float32]]],
+    captions: Sequence[Sequence[str]],
+    title: str,
+) -> None:
+    """Rows of tiles: each column is a name and its images [n,H,W] in [0,1]; ``captions[row][column]`` stands below."""
+    n, width = len(captions), len(columns)
+    figure = Figure(figsize=(2.3 * width, 2.55 * n + 0.4), layout="constrained")
+    axes = figure.subplots(n, width, squeeze=False)
+    for row in range(n):
+        for column, (name, images) in enumerate(columns):
+            axis = axes[row][column]
+            axis.imshow(images[row], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+            axis.text(0.5, -0.02, captions[row][column], transform=axis.transAxes, ha="center", va="top", fontsize=6,
+                      color=INK, wrap=True)  # fmt: skip
+            if row == 0:
+                axis.set_title(name, fontsize=9, color=INK)
+    figure.suptitle(title, fontsize=11, color=INK)
+    save(figure, path)
+
+
+def embedding_map(path: Path, points: NDArray[np.float64], values: Sequence[str], title: str) -> None:
+    """Points [n,2] coloured by a column; beyond eight values, the rest share one colour named 'other'."""
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    (axis,) = _axes(figure, 1, 1)
+    counts = sorted(set(values), key=lambda value: (-list(values).count(value), value))
+    named = counts[: len(COLOURS)]
+    groups = np.array([value if value in named else "other" for value in values])
+    size = float(np.clip(4000 / max(len(points), 1), 4, 40))
+    for colour, name in zip(
+        (*COLOURS, "#9aa5b1"), [*named, *(["other"] if len(counts) > len(COLOURS) else [])], strict=False
+    ):
+        here = points[groups == name]
+        axis.scatter(
+            *here.T, s=size, color=colour, alpha=0.75, linewidths=0, label=f"{name or 'no value'} ({len(here)})"
+        )
+    axis.set(xticks=[], yticks=[])
+    axis.grid(visible=False)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.5)
+    save(figure, path)
+
+
+def score_plot(
+    path: Path, series: Mapping[str, Sequence[tuple[int, float, float, float]]], metric: str, title: str
+) -> None:
+    """Score over the number of labelled patients: per name, rows of (patients, mean, low, high) with interval bars."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    (axis,) = _axes(figure, 1, 1)
+    for index, (name, rows) in enumerate(series.items()):
+        x, mean, low, high = np.array(rows, dtype=float).T  # each [budgets]
+        x = x * (1 + 0.03 * (index - (len(series) - 1) / 2))  # beside each other, not on top
+        colour = COLOURS[index % len(COLOURS)]
+        axis.errorbar(x, mean, yerr=(mean - low, high - mean), color=colour, marker="o", markersize=4, capsize=3,
+                      linewidth=1.4, label=name)  # fmt: skip
+    axis.set_xscale("log")
+    ticks = sorted({int(row[0]) for rows in series.values() for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("labelled patients", fontsize=9)
+    axis.set_ylabel(metric, fontsize=9)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, path)

@@ -1,0 +1,369 @@
+"""Score frozen features with few labelled patients: weighted kNN and logistic regression, with intervals.
+
+The protocol: patients are split once, by hash or by the manifest; budgets are nested, stratified sets of training
+patients drawn by seed; every choice (the penalty) is made inside them; test patients are touched by predictions alone.
+
+Shape letters: n labelled scans, F features, C classes, P test patients.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medclr import figures
+from medclr.data.manifest import label_budgets, patient_labels, split_of
+from medclr.data.store import Store
+from medclr.embed import extract, scan_means
+from medclr.errors import MedclrError
+from medclr.files import write_text
+from medclr.models.frozen import open_encoder
+from medclr.progress import progress
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of the report."""
+
+    encoder: str
+    classifier: str
+    budget: str
+    """As asked for: 10 patients, or 10%."""
+    train_patients: int
+    test_patients: int
+    metric: str
+    mean: float
+    """Over seeds."""
+    sd: float
+    """Standard deviation over seeds (n - 1); NaN for one seed."""
+    low: float
+    """95 % interval of the mean, from resampling the test patients (percentile bootstrap)."""
+    high: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What ``medclr probe`` found."""
+
+    scores: tuple[Score, ...]
+    classes: tuple[str, ...]
+    out: Path | None = None
+
+    def get(self, classifier: str, budget: str, metric: str) -> Score:
+        """One figure by its names."""
+        return next(s for s in self.scores if (s.classifier, s.budget, s.metric) == (classifier, budget, metric))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        metrics = list(dict.fromkeys(score.metric for score in self.scores))
+        first = self.scores[0]
+        table = Table(
+            title=f"{first.encoder}: {first.test_patients} test patients, {first.seeds} seeds; mean ± SD over seeds "
+            "[95 % interval over patients]",
+            title_justify="left",
+        )
+        for name in ("budget", "patients", "classifier", *metrics):
+            table.add_column(name)
+        for budget, classifier in dict.fromkeys((s.budget, s.classifier) for s in self.scores):
+            cells = [self.get(classifier, budget, metric) for metric in metrics]
+            shown = [f"{s.mean:.3f} ± {s.sd:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in cells]
+            table.add_row(budget, str(cells[0].train_patients), classifier, *shown)
+        text = io.StringIO()
+        Console(file=text, width=40 + 32 * len(metrics)).print(table)
+        return text.getvalue().rstrip() + (f"\nwritten to {self.out}" if self.out else "")
+
+
+def probe(
+    encoder: str,
+    store: Path,
+    *,
+    budgets: list[str] = ["1%", "10%", "100%"],  # noqa: B006  (never changed; a list is what the command line shows)
+    seeds: int = 5,
+    out: Path | None = None,
+    weights: Path | None = None,
+    test_share: float = 0.3,
+    resamples: int = 1000,
+) -> ProbeReport:
+    """Score frozen features with few labelled patients.
+
+    Args:
+        encoder: A run folder of ``medclr pretrain``, or ``random`` or ``imagenet``.
+        store: Slice store with labels.
+        budgets: Labelled training patients: counts (20) or percentages (10%).
+        seeds: Draws of each budget.
+        out: Folder for the table and the picture; only printed without it.
+        weights: File with ImageNet weights in torchvision's format, for ``--encoder imagenet``.
+        test_share: Share of patients held out by a hash of their id, where the manifest names no train and test split.
+        resamples: Bootstrap samples of the test patients.
+
+    Raises:
+        MedclrError: too few labels or patients, or an encoder that cannot be loaded.
+    """
+    opened = Store(store)
+    wanted = {text: _budget(text) for text in budgets}
+    if seeds < 1:
+        raise MedclrError("--seeds must be at least 1")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MedclrError(f"--out {out}: exists already; choose another folder or remove it")
+    data = _labelled(opened, test_share)
+    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights)
+    features = extract(model, opened, data.slices)  # [slices,F]
+    x, _ = scan_means(features, opened.column("scan")[data.slices])  # [n,F]
+
+    who_train = {p: label for p, label in data.patient_label.items() if p in data.train}
+    subsets = [label_budgets(who_train, list(wanted.values()), seed) for seed in range(seeds)]
+    test = np.flatnonzero([p not in data.train for p in data.patient])  # [t]
+    test_patients = np.unique(data.patient[test], return_inverse=True)[1]  # [t]
+    scores: list[Score] = []
+    with progress("probe", len(wanted) * seeds, "fits") as advance:
+        for text, budget in wanted.items():
+            predicted: dict[str, list[Floats]] = {name: [] for name in CLASSIFIERS}
+            for seed, subset in enumerate(subsets):
+                train = np.flatnonzero(np.isin(data.patient, subset[budget]))  # [r]
+                for name, fit in CLASSIFIERS.items():
+                    predicted[name].append(
+                        fit(x[train], data.y[train], data.patient[train], x[test], len(data.classes), seed)
+                    )
+                advance(1)
+            for name, runs in predicted.items():
+                for metric, function in _metrics(data.classes).items():
+                    mean, sd, low, high = interval(function, runs, data.y[test], test_patients, resamples)
+                    scores.append(
+                        Score(_name(encoder), name, text, len(subsets[0][budget]), int(test_patients.max()) + 1,
+                              metric, mean, sd, low, high, seeds)
+                    )  # fmt: skip
+    report = ProbeReport(tuple(scores), data.classes, out)
+    if out is not None:
+        _write(report, out)
+    return report
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """The labelled scans of a store."""
+
+    slices: Ints
+    """Indices of all their slices."""
+    y: Ints
+    """Class of each scan [n]."""
+    patient: NDArray[np.str_]
+    """[n]."""
+    classes: tuple[str, ...]
+    patient_label: dict[str, str]
+    train: set[str]
+    """Training patients; all others are test patients."""
+
+
+def _labelled(store: Store, test_share: float) -> _Labelled:
+    classes = tuple(store.info.labels)
+    slices = np.flatnonzero(store.column("label") >= 0)
+    if len(classes) < 2:
+        raise MedclrError(f"{store.path}: a probe needs at least two classes of labels; give `medclr index` --labels")
+    scans = [store.scans[s] for s in np.unique(store.column("scan")[slices])]
+    patient = np.array([scan.patient_id for scan in scans])  # [n]
+    split = {scan.patient_id: scan.split for scan in scans}
+    if not {"train", "test"} <= set(split.values()):
+        shares = {"train": 1 - test_share, "test": test_share}
+        split = {p: split_of(p, shares) for p in split}
+    y = np.array([classes.index(scan.label) for scan in scans])  # [n]
+    train = {p for p, name in split.items() if name == "train"}
+    kept = np.isin([split[p] for p in patient], ["train", "test"])  # a validation split is left alone
+    if not kept.all():
+        slices = slices[np.isin(store.column("scan")[slices], np.unique(store.column("scan")[slices])[kept])]
+        y, patient = y[kept], patient[kept]
+    in_train = np.isin(patient, sorted(train))
+    for side, rows in (("training", in_train), ("test", ~in_train)):
+        absent = sorted(set(range(len(classes))) - set(y[rows].tolist()))
+        if absent:
+            raise MedclrError(f"{store.path}: no {side} patient has label {classes[absent[0]]!r}; label more patients")
+    labels = patient_labels(zip(patient.tolist(), [classes[c] for c in y], strict=True))
+    return _Labelled(slices, y, patient, classes, labels, train)
+
+
+def _budget(text: str) -> int | float:
+    """``10`` patients, or ``10%``."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
+        if 0 < value <= (1 if text.endswith("%") else math.inf):
+            return value
+    except ValueError:
+        pass
+    raise MedclrError(f"--budgets {text!r}: write a number of patients (20) or a percentage (10%)")
+
+
+def _name(encoder: str) -> str:
+    return encoder if encoder in ("random", "imagenet") else Path(encoder).name
+
+
+class Classifier(Protocol):
+    """Fit on training scans, return class scores [t,C] of test scans; every choice is made within the training scans."""
+
+    def __call__(
+        self,
+        x: NDArray[np.float32],
+        y: Ints,
+        patient: NDArray[np.str_],
+        x_test: NDArray[np.float32],
+        classes: int,
+        seed: int,
+    ) -> Floats: ...
+
+
+def knn(
+    x: NDArray[np.float32], y: Ints, patient: NDArray[np.str_], x_test: NDArray[np.float32], classes: int, seed: int
+) -> Floats:
+    """Weighted kNN of Wu et al. 2018 (k = 20, temperature 0.07) on L2-normalised features; scores [t,C]."""
+
+    def unit(v: NDArray[np.float32]) -> Floats:
+        return v / np.maximum(np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True), 1e-12)
+
+    similarity = unit(x_test) @ unit(x).T  # [t,r]
+    k = min(20, len(x))
+    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]  # [t,k]
+    vote = np.exp((np.take_along_axis(similarity, nearest, 1) - 1) / 0.07)  # [t,k]
+    scores = np.stack([(vote * (y[nearest] == c)).sum(1) for c in range(classes)], axis=1)  # [t,C]
+    return np.asarray(scores / scores.sum(1, keepdims=True))
+
+
+def logistic(
+    x: NDArray[np.float32], y: Ints, patient: NDArray[np.str_], x_test: NDArray[np.float32], classes: int, seed: int
+) -> Floats:
+    """L2-regularised multinomial logistic regression on standardised features, classes weighted equally; scores [t,C].
+
+    The penalty is the one of least log-loss in patient-grouped, stratified cross-validation of the training scans.
+    """
+    mean, scale = x.mean(0, dtype=np.float64), np.maximum(x.std(0, dtype=np.float64), 1e-8)
+    z, z_test = (x - mean) / scale, (x_test - mean) / scale  # [r,F], [t,F]
+    if len(z) < z.shape[1]:
+        # The solution lies in the span of the training rows, so rotating onto it changes nothing and saves time.
+        _, _, basis = np.linalg.svd(z, full_matrices=False)  # [r,F]
+        z, z_test = z @ basis.T, z_test @ basis.T
+    model = _logistic(_choose_penalty(z, y, patient, seed)).fit(z, y)
+    scores = np.zeros((len(z_test), classes))
+    scores[:, model.classes_] = model.predict_proba(z_test)
+    return scores
+
+
+CLASSIFIERS: Mapping[str, Classifier] = {"knn": knn, "logistic": logistic}
+
+PENALTIES = tuple(10.0**e for e in np.arange(-5, 1.5, 0.5))
+"""Values of C, from strong to weak, that cross-validation chooses among."""
+
+DEFAULT_PENALTY = 1e-2
+"""Where some class has a lone patient and nothing can be cross-validated."""
+
+
+def _logistic(c: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=c, class_weight="balanced", max_iter=5000, tol=1e-4)
+
+
+def _choose_penalty(z: Floats, y: Ints, patient: NDArray[np.str_], seed: int) -> float:
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.utils.class_weight import compute_sample_weight
+
+    folds = min(5, min(len(np.unique(patient[y == c])) for c in np.unique(y)))
+    if folds < 2:
+        return DEFAULT_PENALTY
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = [p for p in splitter.split(z, y, patient) if len(np.unique(y[p[0]])) == len(np.unique(y))]
+    if not parts:
+        return DEFAULT_PENALTY
+    weight = compute_sample_weight("balanced", y)  # [r]
+    losses = np.zeros(len(PENALTIES))
+    for fit, held in parts:
+        for i, c in enumerate(PENALTIES):
+            model = _logistic(c).fit(z[fit], y[fit])
+            p = model.predict_proba(z[held])  # [h,C]
+            losses[i] += log_loss(y[held], p, labels=model.classes_, sample_weight=weight[held]) * len(held)
+    return PENALTIES[int(losses.argmin())]
+
+
+class Metric(Protocol):
+    """A score from predictions [t,C], classes [t] and a weight for each row [t]; NaN where a class has no weight."""
+
+    def __call__(self, scores: Floats, y: Ints, weight: Floats) -> float: ...
+
+
+def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weight: Floats) -> float:
+    """Area under the ROC curve of scores [t] with row weights [t]; ties count half. NaN without both kinds."""
+    rank = np.unique(scores, return_inverse=True)[1]  # [t]
+    up = np.bincount(rank, weight * positive)  # weight of positives at each distinct score
+    down = np.bincount(rank, weight * ~positive)
+    total = up.sum() * down.sum()
+    return float((up * (np.cumsum(down) - down / 2)).sum() / total) if total > 0 else math.nan
+
+
+def _metrics(classes: Sequence[str]) -> dict[str, Metric]:
+    def one(c: int) -> Metric:
+        return lambda scores, y, weight: weighted_auc(scores[:, c], y == c, weight)
+
+    each = {f"AUC {name}": one(c) for c, name in enumerate(classes)}
+
+    def macro_auc(scores: Floats, y: Ints, weight: Floats) -> float:
+        return float(np.mean([auc(scores, y, weight) for auc in each.values()]))
+
+    def balanced_accuracy(scores: Floats, y: Ints, weight: Floats) -> float:
+        right = np.bincount(y, weight * (scores.argmax(1) == y), minlength=len(classes))
+        total = np.bincount(y, weight, minlength=len(classes))
+        return float(np.mean(right / total)) if (total > 0).all() else math.nan
+
+    return {"macro AUC": macro_auc, "balanced accuracy": balanced_accuracy, **(each if len(classes) > 2 else {})}
+
+
+def interval(
+    metric: Metric, runs: Sequence[Floats], y: Ints, patient: Ints, resamples: int
+) -> tuple[float, float, float, float]:
+    """Mean and standard deviation over runs, and a 95 % interval of that mean over resampled test patients.
+
+    Args:
+        metric: the score.
+        runs: predictions [t,C] of each seed.
+        y: classes [t].
+        patient: number of each row's patient [t], 0..P-1.
+        resamples: bootstrap samples.
+    """
+    from scipy.stats import bootstrap
+
+    patients = int(patient.max()) + 1
+
+    def mean_score(sample: Ints) -> float:
+        weight = np.bincount(sample, minlength=patients)[patient].astype(float)  # a patient drawn twice counts twice
+        return float(np.mean([metric(scores, y, weight) for scores in runs]))
+
+    each = [metric(scores, y, np.ones(len(y))) for scores in runs]
+    drawn = bootstrap((np.arange(patients),), mean_score, n_resamples=resamples, vectorized=False, method="percentile",
+                      rng=np.random.default_rng(0)).bootstrap_distribution  # fmt: skip
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a resample without one of the classes has no score
+    sd = float(np.std(each, ddof=1)) if len(each) > 1 else math.nan
+    return float(np.mean(each)), sd, float(low), float(high)
+
+
+def _write(report: ProbeReport, out: Path) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Score)])
+    for score in report.scores:
+        writer.writerow([f"{v:.6f}" if isinstance(v, float) else v for v in astuple(score)])
+    write_text(out / "probe.csv", text.getvalue())
+    series: dict[str, list[tuple[int, float, float, float]]] = {}
+    for s in report.scores:
+        if s.metric == "macro AUC":
+            series.setdefault(s.classifier, []).append((s.train_patients, s.mean, s.low, s.high))
+    first = report.scores[0]
+    title = f"{first.encoder}: {first.seeds} seeds, {first.test_patients} test patients, 95 % intervals"
+    figures.score_plot(out / "probe.png", series, "macro AUC", title)

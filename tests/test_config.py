@@ -1,0 +1,81 @@
+"""Settings are strict: unknown ones are named with the nearest known one, wrong types with the setting."""
+
+from pathlib import Path
+
+import pytest
+
+from medclr.config import PretrainConfig, dataclass_options, differences, option_parser, parse, read_yaml, to_plain, to_yaml
+from medclr.errors import MedclrError
+
+
+def settings(*words: str):
+    return parse(option_parser("test", "", lambda parser: dataclass_options(parser, PretrainConfig), config=True), words)
+
+
+def test_later_settings_win_and_groups_become_dataclasses(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 7\nviews:\n  size_px: 64\n  crop_area: [0.1, 0.9]\n")
+    read = settings("--config", str(file), "--views.size_px", "32", "--optim.lr=0.5")
+    assert (read.epochs, read.views.size_px, read.views.crop_area, read.optim.lr) == (7, 32, (0.1, 0.9), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--optim.lrr", "3"], ["--optim.lrr", "'--optim.lr'"]),
+        (["--epochs", "many"], ["epochs", "int", "many"]),
+        (["--encoder.name", "resnet19"], ["encoder.name", "resnet19"]),
+        (["--views.crop_area", "0.5"], ["crop_area"]),
+        (["--views.crop_area", "[0.9,0.1]"], ["views.crop_area", "smallest"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_that_names_it(words, named):
+    with pytest.raises(MedclrError) as error:
+        settings(*words)
+    assert "\n" not in str(error.value)
+    for word in named:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("optim:\n  lrr: 3\n", ["optim.lrr", "'optim.lr'"]),
+        ("epoch: 3\n", ["'epoch'", "'epochs'"]),
+        ("- 1\n", ["name: value"]),
+        ("a: [\n", ["YAML"]),
+        ("epochs: x\n", ["epochs", "x"]),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, text, named):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(MedclrError) as error:
+        settings("--config", str(file))
+    assert "\n" not in str(error.value)
+    for word in named:
+        assert word in str(error.value)
+
+
+def test_all_problems_of_a_group_are_named_at_once():
+    with pytest.raises(MedclrError, match=r"epochs.*batch"):
+        PretrainConfig(epochs=0, batch=1)
+
+
+def test_resolved_settings_survive_the_round_trip(tmp_path):
+    plain = to_plain(PretrainConfig(epochs=3))
+    (tmp_path / "c.yaml").write_text(to_yaml(plain))
+    assert read_yaml(tmp_path / "c.yaml") == plain
+    again = settings("--config", str(tmp_path / "c.yaml"))
+    assert again.epochs == 3
+    changed = to_plain(PretrainConfig(epochs=4))
+    assert differences(plain, changed) == ["epochs"]
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/pretrain/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_file_is_complete_and_valid(path):
+    from medclr.pretrain import read_settings
+
+    resolved = read_settings(["--config", str(path), "--store", "s", "--out", "o"]).resolved
+    assert differences(read_yaml(path), resolved) == []  # complete: it leaves nothing to a default

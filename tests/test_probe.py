@@ -1,0 +1,112 @@
+"""The probe's figures against scikit-learn and slow loops, and its protocol: patients never leak."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from medclr.errors import MedclrError
+from medclr.probe import _budget, _metrics, interval, knn, logistic, weighted_auc
+
+RNG = np.random.default_rng(0)
+
+
+def test_weighted_auc_equals_repeating_rows_with_ties():
+    scores = RNG.integers(0, 6, 80).astype(float)
+    positive = RNG.random(80) < 0.4
+    weight = RNG.integers(0, 4, 80)
+    expected = roc_auc_score(np.repeat(positive, weight), np.repeat(scores, weight))
+    assert weighted_auc(scores, positive, weight.astype(float)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_weighted_auc_without_both_kinds_is_nan():
+    assert math.isnan(weighted_auc(np.arange(4.0), np.ones(4, bool), np.ones(4)))
+
+
+def test_metrics_equal_scikit_learn():
+    y = RNG.integers(0, 3, 200)
+    scores = RNG.dirichlet(np.ones(3), 200) + 0.5 * np.eye(3)[y]
+    metrics = _metrics(("a", "b", "c"))
+    weight = np.ones(200)
+    expected = np.mean([roc_auc_score(y == c, scores[:, c]) for c in range(3)])
+    assert metrics["macro AUC"](scores, y, weight) == pytest.approx(expected, abs=1e-12)
+    assert metrics["balanced accuracy"](scores, y, weight) == pytest.approx(
+        balanced_accuracy_score(y, scores.argmax(1)), abs=1e-12
+    )
+    assert metrics["AUC b"](scores, y, weight) == pytest.approx(roc_auc_score(y == 1, scores[:, 1]), abs=1e-12)
+
+
+def test_interval_resamples_patients_not_rows():
+    """Ten copies of each patient's scan add no information: the interval must not shrink."""
+    y = np.tile([0, 1], 20)
+    scores = np.stack([1.0 - y, y * 1.0], 1) + RNG.normal(0, 0.8, (40, 2))
+    metric = _metrics(("a", "b"))["macro AUC"]
+    once = interval(metric, [scores], y, np.arange(40), 400)
+    copied = interval(metric, [np.repeat(scores, 10, 0)], np.repeat(y, 10), np.repeat(np.arange(40), 10), 400)
+    assert once == pytest.approx(copied, abs=1e-12, nan_ok=True)
+    assert once[2] < once[0] < once[3]
+
+
+def test_interval_reports_mean_and_spread_over_seeds():
+    y = np.tile([0, 1], 30)
+    runs = [np.stack([-s, s], 1) for s in (y + RNG.normal(0, 1, 60) for _ in range(4))]
+    metric = _metrics(("a", "b"))["macro AUC"]
+    mean, sd, low, high = interval(metric, runs, y, np.arange(60), 200)
+    each = [roc_auc_score(y, run[:, 1]) for run in runs]
+    assert mean == pytest.approx(np.mean(each))
+    assert sd == pytest.approx(np.std(each, ddof=1))
+    assert low < mean < high
+
+
+def cohort(n_patients: int, scans: int, classes: int, features: int, signal: float):
+    patient = np.repeat([f"p{i:03d}" for i in range(n_patients)], scans)
+    y = np.repeat(np.arange(n_patients) % classes, scans)
+    x = RNG.normal(size=(len(y), features)) + signal * np.eye(classes, features)[y]
+    return x.astype(np.float32), y, patient
+
+
+@pytest.mark.parametrize("classifier", [knn, logistic])
+@pytest.mark.parametrize("n_patients", [6, 60])  # fewer and more rows than features
+def test_classifiers_learn_a_signal_and_nothing_from_noise(classifier, n_patients):
+    x_test, y_test, _ = cohort(120, 1, 3, 20, 5.0)
+    x, y, patient = cohort(n_patients, 2, 3, 20, 5.0)
+    scores = classifier(x, y, patient, x_test, 3, 0)
+    assert scores.shape == (120, 3)
+    assert np.allclose(scores.sum(1), 1)
+    auc = _metrics(("a", "b", "c"))["macro AUC"]
+    assert auc(scores, y_test, np.ones(120)) > 0.85
+    noise = classifier(RNG.normal(size=x.shape).astype(np.float32), y, patient, x_test, 3, 0)
+    assert auc(noise, y_test, np.ones(120)) == pytest.approx(0.5, abs=0.25)
+
+
+def test_logistic_in_the_span_of_few_rows_equals_the_full_solution():
+    """The rotation onto the training rows' span is exact, not an approximation."""
+    from medclr.probe import DEFAULT_PENALTY, _logistic
+
+    x, y, patient = cohort(3, 1, 3, 50, 2.0)  # one patient a class: the default penalty
+    x_test = cohort(30, 1, 3, 50, 2.0)[0]
+    z = (x - x.mean(0)) / x.std(0)
+    z_test = (x_test - x.mean(0)) / x.std(0)
+    expected = _logistic(DEFAULT_PENALTY).fit(z, y).predict_proba(z_test)
+    assert np.allclose(logistic(x, y, patient, x_test, 3, 0), expected, atol=1e-3)
+
+
+def test_knn_against_a_loop():
+    x, y, patient = cohort(30, 1, 3, 8, 1.0)
+    x_test = cohort(5, 1, 3, 8, 1.0)[0]
+    scores = knn(x, y, patient, x_test, 3, 0)
+    for i in range(5):
+        cosine = [float(x_test[i] @ v / np.linalg.norm(x_test[i]) / np.linalg.norm(v)) for v in x]
+        votes = np.zeros(3)
+        for j in np.argsort(cosine)[::-1][:20]:
+            votes[y[j]] += math.exp(cosine[j] / 0.07)
+        assert scores[i] == pytest.approx(votes / votes.sum(), abs=1e-6)
+
+
+def test_budgets_are_patients_or_percentages():
+    assert _budget("20") == 20
+    assert _budget("10%") == pytest.approx(0.1)
+    for wrong in ("0", "-3", "101%", "many", "0.1"):
+        with pytest.raises(MedclrError, match="number of patients"):
+            _budget(wrong)
