@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,47 @@ def writing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _mendable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; on success it is renamed, on failure removed with all that is in it.
+
+    Raises:
+        MedclrError: ``path`` exists and is not an empty folder, the disk is full, or the place cannot be written to.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise MedclrError(f"{path} exists already and is left as it is; remove it or choose another --out")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _mendable(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _mendable(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals that a user can do something about into one sentence."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MedclrError(f"{path}: the disk is full; free some space and run the same command again") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise MedclrError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
