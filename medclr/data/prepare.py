@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +36,7 @@ from medclr.data import store as stores
 from medclr.data.manifest import Manifest, ScanRow, SourceFiles, read_manifest
 from medclr.data.store import UNFINISHED, FileInfo, Store, StoredScan, StoreInfo
 from medclr.errors import MedclrError, ScanError
+from medclr.progress import progress
 from medclr.scans.modality import MODALITIES
 from medclr.scans.scan import Scan
 
@@ -131,10 +131,8 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
     missing = [shard for shard in shards if shard.number not in parts]
     _check_sources(table, missing)
     _check_space(out, missing, size_px)
-    with _progress(sum(shard.n_slices for shard in shards)) as advance:
-        for shard in shards:
-            if shard.number in parts:
-                advance(shard.n_slices)
+    total, left = (sum(shard.n_slices for shard in some) for some in (shards, missing))
+    with progress("preparing", total, "slices", done=total - left) as advance:
         _write_shards(missing, out, size_px, workers, advance)
     for shard in missing:
         part = _read_part(out, shard.number)
@@ -477,22 +475,6 @@ def _work(shard: Shard, out: Path, size_px: int) -> None:
     write_shard(shard, out, size_px, _stop.is_set)
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that moves a bar on by so many slices; silent where nobody watches."""
-    from rich import progress
-    from rich.text import Text
-
-    class Rate(progress.ProgressColumn):
-        def render(self, task: progress.Task) -> Text:
-            return Text(f"{task.speed or 0:,.0f} slices/s")
-
-    columns = ("preparing", progress.BarColumn(), progress.MofNCompleteColumn(), Rate(), progress.TimeRemainingColumn())
-    with progress.Progress(*columns, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)
-
-
 # Before and after
 
 
@@ -507,26 +489,26 @@ def _claim(out: Path, manifest: Manifest, size_px: int) -> StoreInfo | None:
         "manifest_name": manifest.path.name,
         "manifest_sha256": manifest.sha256,
         "size_px": size_px,
+        "medclr_version": medclr.__version__,
     }
     note = out / UNFINISHED
+    info = None
     if (out / "store.json").exists():
         info = Store(out).info
-        found = {name: getattr(info, name) for name in wanted}
+        found = {**asdict(info), "medclr_version": medclr.__version__}  # what another version finished is finished
     elif note.exists():
-        info = None
         found = json.loads(note.read_text(encoding="utf-8"))
     elif out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
         raise MedclrError(f"{out}: exists and is not a slice store; choose another --out")
     else:
         files.write_json(note, wanted)
         return None
-    for name in ("format_version", "manifest_sha256", "size_px"):
-        if found[name] != wanted[name]:
-            raise MedclrError(
-                f"{out}: holds a store of {found['manifest_name']} at {found['size_px']} px (manifest"
-                f" {found['manifest_sha256'][:12]}), not of {manifest.path} at {size_px} px (manifest"
-                f" {manifest.sha256[:12]}); choose another --out or delete it"
-            )
+    if any(found[name] != wanted[name] for name in wanted if name != "manifest_name"):
+        raise MedclrError(
+            f"{out}: holds a store of {found['manifest_name']} (SHA-256 {found['manifest_sha256'][:12]}) at"
+            f" {found['size_px']} px by medclr {found['medclr_version']}, not of {manifest.path}"
+            f" ({manifest.sha256[:12]}) at {size_px} px; choose another --out or delete it"
+        )
     return info
 
 

@@ -17,7 +17,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
@@ -31,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from medclr import files
 from medclr.errors import MedclrError
+from medclr.progress import progress
 
 FORMAT_VERSION = 1
 
@@ -241,17 +241,17 @@ def verify(store: Path) -> str:
     Raises:
         MedclrError: it is not; names the first file that is wrong.
     """
-    from rich.progress import track
-
     opened = Store(store)
     info = opened.info
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing lets other threads run
+        progress("verifying", len(info.files), "files") as advance,
+    ):
         digests = pool.map(lambda name: files.sha256(opened.path / name), info.files)
-        for name, digest in track(
-            zip(info.files, digests, strict=True), "verifying", len(info.files), disable=not sys.stdout.isatty()
-        ):
-            if digest != info.files[name].sha256:
+        for (name, written), digest in zip(info.files.items(), digests, strict=True):
+            if digest != written.sha256:
                 raise MedclrError(f"{opened.path / name}: its bytes changed since it was written; {_REMAKE}")
+            advance(1)
     for shard in range(len(info.shard_slices)):
         for name in (slices_name(shard), masks_name(shard)):
             _map_shard(opened.path, info, shard, name)

@@ -1,0 +1,383 @@
+"""From scans to the slice store: exact values, true geometry, the same bytes however it was interrupted."""
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cohort import mixed_cohort, save_manifest, save_nifti
+from numpy.typing import NDArray
+
+import medclr.data.prepare as preparing
+from medclr.data.manifest import SourceFiles, read_manifest
+from medclr.data.prepare import encode, encode_mask, encoding_of, plan, prepare
+from medclr.data.store import Store, to_source_grid, verify
+from medclr.errors import MedclrError, ScanError
+from medclr.scans.scan import Scan
+
+
+def scan_of(voxels: NDArray, spacing_mm: tuple[float, float, float] = (1, 1, 1), modality: str = "MR") -> Scan:
+    return Scan(voxels.astype(np.float32), np.diag([*spacing_mm, 1.0]), spacing_mm, modality, voxels.shape)
+
+
+def squares_of(scan: Scan, size_px: int) -> NDArray[np.float64]:
+    """[D,S,S], physical values after storing."""
+    e = encoding_of(scan, size_px)
+    return np.stack([e.offset + e.scale * square.astype(float) for square in encode(scan.voxels, e, size_px)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# What is stored
+
+
+def test_ct_keeps_every_hounsfield_unit_and_returns_to_its_voxels(tmp_path):
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-2048, 30000, (31, 40, 9), dtype=np.int16)  # [X,Y,Z]
+    mask = rng.integers(0, 118, hu.shape, dtype=np.uint8)
+    ct = {"path": save_nifti(tmp_path / "ct.nii.gz", hu, (0.8, 0.8, 5)), "modality": "CT"}
+    ct["mask"] = save_nifti(tmp_path / "mask.nii.gz", mask, (0.8, 0.8, 5))
+    prepare(save_manifest(tmp_path / "ct.csv", [ct]), tmp_path / "store", size_px=48)
+    store = Store(tmp_path / "store")
+    (scan,) = store.scans
+    squares = store.physical(range(len(store)))
+    assert (scan.scale, scan.content_height, scan.content_width) == (1, 40, 31)
+    np.testing.assert_array_equal(to_source_grid(squares, scan), hu)
+    np.testing.assert_array_equal(to_source_grid(store.masks(range(len(store))), scan), mask)
+    assert (squares[:, 0] == -1024).all(), "padded with air"
+    assert np.count_nonzero(squares != -1024) <= hu.size
+
+
+def triangle(line: NDArray, n: int) -> NDArray:
+    """Shrink the last axis: the antialiased bilinear filter, in float64 and by its definition."""
+    ratio = line.shape[-1] / n
+    distance = (np.arange(line.shape[-1]) + 0.5)[:, None] - (np.arange(n) + 0.5) * ratio  # [n_old, n]
+    weights = np.maximum(1 - np.abs(distance) / ratio, 0)
+    return line.astype(np.float64) @ (weights / weights.sum(0))
+
+
+@pytest.mark.parametrize(("modality", "tolerance"), [("CT", 0.501), ("MR", 0.04)])
+def test_shrinking_equals_a_slow_reference(modality, tolerance):
+    hu = np.random.default_rng(1).integers(-1000, 1500, (3, 100, 70))
+    stored = squares_of(scan_of(hu, modality=modality), 41)
+    reference = np.swapaxes(triangle(np.swapaxes(triangle(hu, 29), 1, 2), 41), 1, 2)
+    content = stored[:, :, 6:35]
+    assert np.abs(content - reference).max() < tolerance
+    if modality == "CT":
+        np.testing.assert_array_equal(stored, np.rint(stored))  # whole Hounsfield units
+
+
+def test_aspect_is_kept_in_millimetres_and_nothing_is_enlarged():
+    y, x = np.meshgrid((np.arange(60) + 0.5) * 2.0, (np.arange(100) + 0.5) * 1.2, indexing="ij")
+    disc = ((y - 60) ** 2 + (x - 60) ** 2 < 40**2) * 100.0  # a disc of 80 mm, on voxels of 2.0 x 1.2 mm
+    for size_px, pixel_mm in ((64, 2.0), (30, 4.0), (200, 2.0)):
+        (square,) = squares_of(scan_of(disc[None], (1, 2.0, 1.2)), size_px)
+        inside = square > 50
+        height, width = np.ptp(np.flatnonzero(inside.any(1))) + 1, np.ptp(np.flatnonzero(inside.any(0))) + 1
+        assert abs(height - width) <= 1
+        assert abs(height * pixel_mm - 80) <= pixel_mm
+        rows, columns = np.nonzero(inside)
+        assert abs(rows.mean() - (size_px - 1) / 2) <= 0.5
+        assert abs(columns.mean() - (size_px - 1) / 2) <= 0.5
+
+
+def test_masks_stay_on_the_image():
+    """An image that is its own mask, shrunk both ways: the nearest-neighbour edge is where values cross a half."""
+    yy, xx = np.mgrid[:157, :203]
+    mask = (((yy - 40) ** 2 + (xx - 130) ** 2) < 30**2).astype(np.uint16)[None]
+    scan = scan_of(mask * 1000, (1, 0.9, 0.7))
+    (image,) = squares_of(scan, 64)
+    (labels,) = encode_mask(mask, encoding_of(scan, 64), 64)
+    assert set(np.unique(labels)) == {0, 1}
+    weights = image / image.sum()
+    grid = np.mgrid[:64, :64]
+    shift = (grid * weights).sum((1, 2)) - (grid * (labels / labels.sum())).sum((1, 2))
+    assert np.abs(shift).max() < 0.1
+    assert np.mean((image > 500) != (labels == 1)) < 0.01
+
+
+@pytest.mark.parametrize(
+    "voxels",
+    [
+        np.random.default_rng(0).gamma(1, 1e5, (2, 8, 8)),  # fractions
+        np.random.default_rng(0).integers(0, 1_700_000, (2, 8, 8)),  # too many whole numbers
+        np.random.default_rng(0).normal(0, 1e-6, (2, 8, 8)),
+        np.random.default_rng(0).integers(3_000_000, 3_000_100, (2, 8, 8)),
+    ],
+)
+def test_wide_ranges_err_by_half_a_step_at_most(voxels):
+    scan = scan_of(voxels)
+    scale = encoding_of(scan, 8).scale
+    assert scale <= max((max(voxels.max(), 0) - min(voxels.min(), 0)) / 65535 * 1.000001, 0)
+    np.testing.assert_allclose(squares_of(scan, 8), scan.voxels, atol=scale * 0.51, rtol=0)
+
+
+def test_whole_numbers_are_exact_and_air_is_in_range():
+    voxels = np.random.default_rng(0).integers(40, 255, (2, 5, 9))
+    squares = squares_of(scan_of(voxels, modality="XR"), 9)
+    np.testing.assert_array_equal(squares[:, 2:7], voxels)
+    assert (squares[:, :2] == 0).all()
+    assert (squares[:, 7:] == 0).all()
+
+
+def test_percentiles_of_a_sample_agree_with_those_of_all(monkeypatch):
+    """A pattern along each row, which every k-th voxel would miss if k divided the row."""
+    voxels = np.random.default_rng(0).normal(0, 1, (8, 256, 256)) + 100 * (np.arange(256) % 64 == 5)
+    monkeypatch.setattr(preparing, "PERCENTILE_VOXELS", 2**15)
+    e = encoding_of(scan_of(voxels), 256)
+    ranks = [(voxels < e.low).mean(), (voxels < e.high).mean()]
+    assert ranks == pytest.approx([0.005, 0.995], abs=0.0015)
+
+
+def test_nearly_empty_scans_still_have_a_range_and_empty_ones_are_refused():
+    voxels = np.zeros((2, 50, 50))
+    voxels[0, 3, 3] = 7
+    e = encoding_of(scan_of(voxels), 64)
+    assert (e.low, e.high) == (0, 7)
+    with pytest.raises(ScanError, match="every voxel is 5"):
+        encoding_of(scan_of(np.full((2, 5, 5), 5)), 64)
+
+
+# The store as a whole
+
+
+def test_bytes_do_not_depend_on_workers_or_interruption(tmp_path, monkeypatch):
+    manifest = mixed_cohort(tmp_path)
+    monkeypatch.setattr(preparing, "SHARD_SLICES", 1)
+    shards = plan(read_manifest(manifest), 32)
+    assert len(shards) == 10
+    prepare(manifest, tmp_path / "plain", size_px=32)
+
+    decoded: list[str] = []
+    decode = preparing.decode
+
+    def interrupted_decode(row, source):
+        if len(decoded) == 5:
+            raise KeyboardInterrupt
+        decoded.append(row.scan_id)
+        return decode(row, source)
+
+    monkeypatch.setattr(preparing, "decode", interrupted_decode)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(manifest, tmp_path / "resumed", size_px=32)
+    assert not list((tmp_path / "resumed").glob(".*"))
+    with pytest.raises(MedclrError, match="unfinished; run the same medclr prepare to go on"):
+        Store(tmp_path / "resumed")
+    with pytest.raises(MedclrError, match=r"holds a store of mixed\.csv .*at 32 px .* choose another --out"):
+        prepare(manifest, tmp_path / "resumed", size_px=16)
+    decoded[:] = ["skipped"]
+    monkeypatch.setattr(preparing, "decode", lambda row, source: (decoded.append(row.scan_id), decode(row, source))[1])
+    prepare(manifest, tmp_path / "resumed", size_px=32)
+    assert len(decoded) - 1 == 5, "what was finished is not decoded again"
+
+    assert contents(tmp_path / "plain") == contents(tmp_path / "resumed")
+    assert verify(tmp_path / "plain").endswith("is whole: 55 slices of 10 scans in 15 files")
+
+
+def test_workers_write_the_same_bytes(tmp_path):
+    manifest = mixed_cohort(tmp_path)
+    prepare(manifest, tmp_path / "one", size_px=32)
+    prepare(manifest, tmp_path / "two", size_px=32, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_shards_are_several_yet_bounded(tmp_path):
+    table = read_manifest(mixed_cohort(tmp_path))
+    sizes = [shard.n_slices for shard in plan(table, 32)]
+    assert len(sizes) > 1
+    assert sum(sizes) == sum(row.n_slices for row in table.rows)
+    many = [scan for shard in plan(table, 4096) for scan in shard.scans]  # 32 MB a slice
+    assert [row for row, _ in many] == table.rows
+    assert all(shard.n_slices <= 8 or len(shard.scans) == 1 for shard in plan(table, 4096))
+
+
+def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):
+    good = save_nifti(tmp_path / "good.nii.gz", np.arange(60.0).reshape(3, 4, 5))
+    flat = save_nifti(tmp_path / "flat.nii.gz", np.ones((3, 4, 5)))
+    cut = tmp_path / "cut.nii.gz"
+    cut.write_bytes(good.read_bytes()[:-20])
+    other_grid = save_nifti(tmp_path / "mask.nii.gz", np.ones((3, 4, 4), np.uint8))
+    scans = [{"path": path, "modality": "MR", "n_slices": 5} for path in (cut, good, flat, good)]
+    scans[3]["mask"] = other_grid
+    summary = prepare(save_manifest(tmp_path / "m.csv", scans), tmp_path / "store", size_px=8)
+    assert (summary.n_scans, summary.n_rejected) == (1, 3)
+    assert "3 scans could not be decoded, see rejected.csv" in str(summary)
+    with (tmp_path / "store" / "rejected.csv").open() as file:
+        rejected = list(csv.DictReader(file))
+    assert [row["path"] for row in rejected] == ["cut.nii.gz", "flat.nii.gz", "good.nii.gz"]
+    assert "damaged" in rejected[0]["reason"]
+    assert "every voxel is 1" in rejected[1]["reason"]
+    assert verify(tmp_path / "store")
+    np.testing.assert_array_equal(Store(tmp_path / "store").column("position"), np.linspace(0, 1, 5, dtype=np.float32))
+
+
+def test_no_usable_scan_leaves_nothing(tmp_path):
+    path = save_nifti(tmp_path / "flat.nii.gz", np.ones((3, 4, 5)))
+    manifest = save_manifest(tmp_path / "m.csv", [{"path": path, "modality": "MR"}])
+    with pytest.raises(MedclrError, match=r"none of its scans can be decoded .*flat\.nii\.gz: every voxel is 1"):
+        prepare(manifest, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_finished_store_is_left_alone_and_another_is_refused(tmp_path):
+    manifest = mixed_cohort(tmp_path)
+    first = prepare(manifest, tmp_path / "store", size_px=16)
+    before = contents(tmp_path / "store")
+    again = prepare(manifest, tmp_path / "store", size_px=16)
+    assert not first.was_complete
+    assert again.was_complete
+    assert "is complete already" in str(again)
+    with pytest.raises(MedclrError, match=r"holds a store of mixed\.csv .*at 16 px"):
+        prepare(manifest, tmp_path / "store", size_px=32)
+    other = mixed_cohort(tmp_path / "other", seed=1)
+    other.write_text(other.read_text().replace("sick", "ill"))
+    with pytest.raises(
+        MedclrError, match=r"holds a store of mixed\.csv .*at 16 px .* choose another --out or delete it"
+    ):
+        prepare(other, tmp_path / "store", size_px=16)
+    assert contents(tmp_path / "store") == before
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").touch()
+    for out in (tmp_path / "papers", manifest):
+        with pytest.raises(MedclrError, match="exists and is not a slice store; choose another --out"):
+            prepare(manifest, out)
+
+
+def test_missing_or_changed_files_stop_it_before_it_starts(tmp_path):
+    manifest = mixed_cohort(tmp_path)
+    (tmp_path / "mr1.nii.gz").rename(tmp_path / "gone")
+    with pytest.raises(MedclrError, match=r"mr1\.nii\.gz: cannot be read \(No such file or directory\); bring it back"):
+        prepare(manifest, tmp_path / "store", size_px=16)
+    (tmp_path / "mr1.nii.gz").write_bytes(b"something else")
+    with pytest.raises(MedclrError, match=r"mr1\.nii\.gz: has changed since it was indexed; run medclr index again"):
+        prepare(manifest, tmp_path / "store", size_px=16)
+
+
+def test_a_file_that_vanishes_meanwhile_is_no_reject(tmp_path):
+    manifest = read_manifest(mixed_cohort(tmp_path))
+    row = manifest.rows[0]
+    with pytest.raises(MedclrError, match=r"lost\.nii: cannot be read \(No such file or directory\)"):
+        preparing.decode(row, SourceFiles([tmp_path / "lost.nii"], None))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    manifest = mixed_cohort(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+        with pytest.raises(MedclrError, match=r"the store needs 0\.0 GB more and the disk has 0\.0 GB; make room"):
+            prepare(manifest, tmp_path / "store", size_px=16)
+
+    def full(file_number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medclr.files.os.fsync", full)
+        with pytest.raises(MedclrError, match="the disk is full; free some space and run the same command again"):
+            prepare(manifest, tmp_path / "full", size_px=16)
+    assert prepare(manifest, tmp_path / "store", size_px=16).n_scans == 10
+
+
+def test_a_bug_of_ours_names_the_file(tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    manifest = mixed_cohort(tmp_path)
+    monkeypatch.setattr(preparing, "encode_mask", broken)
+    with pytest.raises(RuntimeError, match=r"mr0\.nii\.gz: oops"):
+        prepare(manifest, tmp_path / "store", size_px=16)
+
+
+@pytest.mark.parametrize(("size_px", "workers"), [(0, 1), (16, 0)])
+def test_nonsense_settings(tmp_path, size_px, workers):
+    with pytest.raises(MedclrError, match="both must be at least 1"):
+        prepare(tmp_path / "m.csv", tmp_path / "store", size_px=size_px, workers=workers)
+
+
+# Processes: these need a real command, as workers are new interpreters
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import medclr.data.prepare as preparing
+from medclr.errors import MedclrError
+
+decode = preparing.decode
+def tampered(row, source):
+    if row.path == "xr3.png":
+        {action}
+    return decode(row, source)
+preparing.decode = tampered  # in the workers too: they run this file when they start
+preparing.SHARD_SLICES = 1
+
+if __name__ == "__main__":
+    try:
+        preparing.prepare(Path(sys.argv[1]), Path(sys.argv[2]), size_px=32, workers=2)
+    except (MedclrError, KeyboardInterrupt) as error:
+        sys.exit(f"{{type(error).__name__}}: {{error}}")
+"""
+
+
+def start(tmp_path: Path, action: str, manifest: Path, out: Path) -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(action=action))
+    command = [sys.executable, str(script), str(manifest), str(out)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path):
+    manifest = mixed_cohort(tmp_path)
+    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", manifest, tmp_path / "store")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.strip().startswith("MedclrError: a worker process was killed, most likely because memory ran out")
+    wait_for(lambda: group_is_gone(process.pid))
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])
+def test_interrupted_workers_leave_and_the_next_run_goes_on(tmp_path, monkeypatch, how):
+    manifest = mixed_cohort(tmp_path)
+    monkeypatch.setattr(preparing, "SHARD_SLICES", 1)
+    prepare(manifest, tmp_path / "plain", size_px=32)
+    out = tmp_path / "store"
+    waiting = tmp_path / "waiting"
+    process = start(tmp_path, f"Path({str(waiting)!r}).touch(); time.sleep(1)", manifest, out)
+    wait_for(waiting.exists)
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
+    else:
+        process.kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == "kill -9" else 1)
+    if how != "kill -9":
+        assert said.strip() == "KeyboardInterrupt:"
+        assert not list(out.glob(".*"))
+    wait_for(lambda: group_is_gone(process.pid))
+    assert list((out / "parts").iterdir())
+    process = start(tmp_path, "pass", manifest, out)
+    assert process.communicate(timeout=60) == (None, "")
+    assert contents(out) == contents(tmp_path / "plain")
