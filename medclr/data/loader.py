@@ -7,9 +7,9 @@ Shape letters: B slices of a batch, S = size_px.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -60,14 +60,13 @@ class Batch:
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def select(self, rows: Any) -> "Batch":
-        """Some of its rows, given as a slice, whole numbers or a mask [B]."""
+    def select(self, rows: slice | Tensor) -> "Batch":
+        """Some of its rows: a slice, or a tensor of row numbers or of truth values [B]."""
         return self._map(lambda tensor: tensor[rows])
 
-    def _map(self, function: Any) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        del tensors["modalities"]
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def load_batch(store: Store, indices: ArrayLike) -> Batch:

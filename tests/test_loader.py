@@ -1,0 +1,171 @@
+"""The order of the samples, the share of each process, and reading ahead."""
+
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cohort import mixed_cohort
+
+import medclr.data.loader as loading
+from medclr.data.loader import Batch, Loader, load_batch
+from medclr.data.prepare import prepare
+from medclr.data.store import Store
+from medclr.errors import MedclrError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    folder: Path = tmp_path_factory.mktemp("store")
+    prepare(mixed_cohort(folder), folder / "store", size_px=24)
+    return Store(folder / "store")  # 55 slices
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "modalities"}
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert a.modalities == b.modalities
+    for name, tensor in tensors(a).items():
+        assert tensor.dtype == tensors(b)[name].dtype
+        assert torch.equal(tensor, tensors(b)[name]), name
+
+
+def test_a_batch_holds_what_the_store_says(store):
+    indices = np.array([52, 2, 2, 40])
+    batch = load_batch(store, indices)
+    assert len(batch) == 4
+    assert batch.images.shape == (4, 1, 24, 24)
+    np.testing.assert_array_equal(batch.images[:, 0], store.physical(indices))
+    np.testing.assert_array_equal(batch.index, indices)
+    for name in ("low", "high", "air", "modality", "scan", "patient", "slice_index", "position", "label"):
+        column = getattr(batch, name)
+        assert column.dtype == (torch.float32 if name in ("low", "high", "air", "position") else torch.int64)
+        np.testing.assert_array_equal(column, store.column(name)[indices])
+    assert [batch.modalities[m] for m in batch.modality] == ["XR", "CT", "CT", "MR"]
+
+
+def test_select_and_to(store):
+    batch = load_batch(store, range(10))
+    assert_same(batch.select(torch.arange(10) % 2 == 0), load_batch(store, range(0, 10, 2)))
+    assert_same(batch.select(slice(3, 7)), load_batch(store, range(3, 7)))
+    assert_same(batch.to("cpu"), batch)
+    assert all(tensor.device.type == "meta" for tensor in tensors(batch.to("meta")).values())
+
+
+def test_an_epoch_takes_each_slice_once_and_drops_the_rest(store):
+    indices = store.indices()[5:]
+    loader = Loader(store, indices, batch_size=8, seed=0)
+    batches = list(loader.epoch(0))
+    assert len(batches) == loader.steps_per_epoch == 6
+    taken = torch.cat([batch.index for batch in batches]).tolist()
+    assert len(set(taken)) == 48
+    assert set(taken) <= set(indices.tolist())
+    assert taken != sorted(taken)
+
+
+def test_order_is_a_function_of_seed_and_epoch(store):
+    def order(seed: int, epoch: int) -> list[int]:
+        return Loader(store, store.indices(), 4, seed).order(epoch).tolist()
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@pytest.mark.parametrize("slices_per_scan", [None, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_together_take_the_batch_of_one(store, world_size, slices_per_scan):
+    def epoch(rank: int, world_size: int) -> list[Batch]:
+        loader = Loader(store, store.indices(), 8, 5, rank, world_size, slices_per_scan)
+        return list(loader.epoch(3))
+
+    shares = zip(*(epoch(rank, world_size) for rank in range(world_size)), strict=True)
+    for whole, parts in zip(epoch(0, 1), shares, strict=True):
+        b = 8 // world_size
+        for rank, part in enumerate(parts):
+            assert_same(part, whole.select(slice(rank * b, (rank + 1) * b)))
+
+
+def test_resuming_equals_going_on(store):
+    loader = Loader(store, store.indices(), 8, 0, slices_per_scan=5)
+    batches = list(loader.epoch(1))
+    for step in range(len(batches) + 1):
+        resumed = list(Loader(store, store.indices(), 8, 0, slices_per_scan=5).epoch(1, start_step=step))
+        assert len(resumed) == len(batches) - step
+        for a, b in zip(resumed, batches[step:], strict=True):
+            assert_same(a, b)
+
+
+def test_some_slices_of_each_scan_drawn_anew(store):
+    loader = Loader(store, store.indices(), 5, 0, slices_per_scan=3)
+    seen: list[set[int]] = []
+    for epoch in range(60):
+        order = loader.order(epoch)
+        _, counts = np.unique(store.column("scan")[order], return_counts=True)
+        assert sorted(counts) == [1] * 4 + [3] * 6, "images have a single slice"
+        assert loader.steps_per_epoch == 22 // 5
+        seen.append(set(order.tolist()))
+    assert set.union(*seen) == set(range(55)), "over the epochs all have their turn"
+    assert len(set(map(frozenset, seen))) == 60
+    times = np.bincount(np.concatenate([list(s) for s in seen]), minlength=55)
+    times = times[store.column("scan") == 0]  # 9 slices, each drawn with probability 1/3 in 60 epochs: 20 +- 3.7
+    assert 8 <= times.min() <= times.max() <= 32
+
+
+def test_larger_than_the_data(store):
+    with pytest.raises(MedclrError, match="batch_size 64 is larger than the data: an epoch holds 55 slices"):
+        Loader(store, store.indices(), 64, 0)
+    with pytest.raises(MedclrError, match="batch_size 16 is larger than the data: an epoch holds 10 slices"):
+        Loader(store, store.indices(), 16, 0, slices_per_scan=1)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size", "per_scan"), [(9, 2, None), (0, 1, None), (4, 1, 0)])
+def test_settings_that_cannot_be(store, batch_size, world_size, per_scan):
+    with pytest.raises(MedclrError, match=r"cannot be shared evenly by|must be at least 1"):
+        Loader(store, store.indices(), batch_size, 0, 0, world_size, per_scan)
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_reads_ahead_but_not_without_bound(store, monkeypatch):
+    reads: list[int] = []
+    load = loading.load_batch
+    monkeypatch.setattr(loading, "load_batch", lambda *args: (reads.append(1), load(*args))[1])
+    epoch = Loader(store, store.indices(), 2, 0).epoch(0)
+    next(epoch)
+    while len(reads) < 1 + loading.READ_AHEAD:
+        pass
+    assert len(reads) == 1 + loading.READ_AHEAD
+    assert len(list(epoch)) == 26
+    assert not readers()
+
+
+def test_stopping_early_leaves_no_thread(store):
+    epoch = Loader(store, store.indices(), 2, 0).epoch(0)
+    next(epoch)
+    assert readers()
+    epoch.close()
+    assert not readers()
+
+
+def test_errors_of_the_reader_reach_the_consumer(store, monkeypatch):
+    load = loading.load_batch
+    steps = iter(range(100))
+
+    def broken(*args):
+        if next(steps) == 4:
+            raise MedclrError("slices-00003.npy: cannot be read")
+        return load(*args)
+
+    monkeypatch.setattr(loading, "load_batch", broken)
+    epoch = Loader(store, store.indices(), 2, 0).epoch(0)
+    for _ in range(4):  # what was read before is delivered
+        next(epoch)
+    with pytest.raises(MedclrError, match=r"slices-00003\.npy: cannot be read"):
+        next(epoch)
+    assert not readers()

@@ -1,0 +1,214 @@
+"""Reading a slice store, and noticing when it is not what was written."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cohort import mixed_cohort
+
+from medclr.data import store as stores
+from medclr.data.prepare import prepare
+from medclr.data.store import TABLE, Store, StoredScan, to_source_grid, verify
+from medclr.errors import MedclrError
+from medclr.scans import read
+from medclr.scans.nifti import read_mask
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with the manifest of ``mixed_cohort`` and its store."""
+    folder = tmp_path_factory.mktemp("made")
+    prepare(mixed_cohort(folder), folder / "store", size_px=48)
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path) -> Path:
+    """The store, to be damaged."""
+    for path in (made / "store").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_reads_any_slices_in_any_order(made):
+    store = Store(made / "store")
+    wanted = [54, 3, 3, 0, 31, 12]
+    scans = store.column("scan")
+    for i, index in enumerate(wanted):
+        scan = store.scans[scans[index]]
+        name = "xr" if scan.modality == "XR" else scan.modality.lower()
+        number = [s.scan_id for s in store.scans if s.modality == scan.modality].index(scan.scan_id)
+        suffix = ".png" if name == "xr" else ".nii.gz"
+        source = read([made / f"{name}{number}{suffix}"], scan.modality)
+        d = store.column("slice_index")[index]
+        box = np.s_[
+            scan.content_top : scan.content_top + scan.content_height,
+            scan.content_left : scan.content_left + scan.content_width,
+        ]
+        np.testing.assert_allclose(store.physical(wanted)[i][box], source.voxels[d], atol=scan.scale * 0.51)
+        if scan.has_mask:
+            mask = read_mask(made / "masks" / f"{name}{number}.nii.gz", source)
+            np.testing.assert_array_equal(store.masks(wanted)[i][box], mask[d])
+        else:
+            assert not store.masks(wanted)[i].any()
+    assert store.read([]).shape == (0, 48, 48)
+
+
+def test_what_it_says_of_itself(made):
+    store = Store(made / "store", manifest=made / "mixed.csv")
+    assert len(store) == store.info.n_slices == 55
+    assert store.info.modalities == ("CT", "MR", "XR")
+    assert store.info.labels == ("sick", "well")
+    assert store.info.masks
+    assert store.patients == [f"p{i}" for i in range(8)]
+    assert {name: store.column(name).dtype for name in TABLE} == {name: np.dtype(kind) for name, kind in TABLE.items()}
+    patient = np.array([scan.patient_id for scan in store.scans])[store.column("scan")]
+    np.testing.assert_array_equal(np.array(store.patients)[store.column("patient")], patient)
+    xr = store.column("modality") == 2
+    assert sorted(store.column("label")[xr]) == [-1, 0, 0, 1]
+    assert (store.column("label")[~xr] == -1).all()
+    assert (store.column("position")[xr] == 0.5).all()
+    assert set(store.column("air")[store.column("modality") == 0]) == {-1024}
+    assert not store.column("scan").flags.writeable
+
+
+def test_indices_of_a_split(made):
+    store = Store(made / "store")
+    train, test = store.indices("train"), store.indices("test")
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), store.indices())
+    assert {store.scans[scan].modality for scan in store.column("scan")[test]} == {"XR"}
+    with pytest.raises(MedclrError, match="no scan is in split 'tset'; its splits: test, train"):
+        store.indices("tset")
+
+
+def test_threads_may_share_it(made):
+    store = Store(made / "store")
+    alone = Store(made / "store").read(range(55))
+    with ThreadPoolExecutor(8) as pool:
+        for together in pool.map(store.read, [range(55)] * 32):
+            np.testing.assert_array_equal(together, alone)
+
+
+def test_table_of_scans_survives_the_text(made):
+    scans = Store(made / "store").scans
+    assert [stores.parse_scan(stores.scan_cells(scan)) for scan in scans] == scans
+    odd = replace(
+        scans[0], scan_id='a,"b', affine=(0.1, 1 / 3, -1e-300, 7.0), source_flips=(True, False, True), label=""
+    )
+    assert stores.parse_scan(stores.scan_cells(odd)) == odd
+
+
+def test_way_back_undoes_axes_flips_and_shrinking():
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 9, (7, 12, 10))  # source axes run along (h,w,d)
+    axes, flips = (2, 0, 1), (True, False, True)
+    volume = np.flip(source.transpose(axes), (0, 2))  # [D,H,W]
+    square = np.zeros((10, 20, 20), dtype=int)
+    square[:, 6:13, 4:16] = volume
+    scan = StoredScan(
+        "", "", "", "MR", "", "", "", "", "", 10, 7, 12, 6, 4, 7, 12, (1, 1, 1), (), (7, 12, 10), axes, flips,
+        1, 0, 0, 1, 0, False, 0, 0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(to_source_grid(square, scan), source)
+
+    doubled = np.repeat(np.repeat(square[:, 6:13, 4:16], 2, 1), 2, 2)  # as if the source had been twice as fine
+    fine = to_source_grid(square, replace(scan, height=14, width=24, source_shape=(14, 24, 10)))
+    np.testing.assert_array_equal(fine, np.flip(doubled, (0, 2)).transpose(np.argsort(axes)))
+
+
+@pytest.mark.parametrize(("n_from", "n_to"), [(5, 5), (512, 224), (224, 512), (3, 1), (1, 3), (101, 64)])
+def test_nearest_takes_the_pixel_under_the_centre(n_from, n_to):
+    centres = (np.arange(n_to) + 0.5) * (n_from / n_to)
+    found = stores.nearest(n_from, n_to)
+    assert ((found <= centres + 1e-9) & (centres - 1e-9 <= found + 1)).all()
+    if n_from == n_to:
+        np.testing.assert_array_equal(found, np.arange(n_from))
+
+
+# Bad stores
+
+
+def edit_info(store: Path, **changes: object) -> None:
+    values = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps(values | changes))
+
+
+def test_no_store(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(
+            MedclrError, match=r"is not a slice store \(it has no store.json\); medclr prepare makes one"
+        ):
+            Store(path)
+
+
+def test_another_version(copy):
+    edit_info(copy, format_version=2, medclr_version="9.1")
+    with pytest.raises(MedclrError, match=r"is of store format 2 \(medclr 9\.1\), this medclr reads format 1; prepare"):
+        Store(copy)
+
+
+def test_another_manifest(made):
+    with pytest.raises(MedclrError, match=r"was made from another manifest \(mixed\.csv, .* than .*mixed\.files\.csv"):
+        Store(made / "store", manifest=made / "mixed.files.csv")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}'])
+def test_damaged_json(copy, text):
+    (copy / "store.json").write_text(text)
+    with pytest.raises(
+        MedclrError, match=r"store\.json: cannot be read .* delete the store and run medclr prepare again"
+    ):
+        Store(copy)
+
+
+@pytest.mark.parametrize("name", ["slices-00001.npy", "masks-00002.npy", "slices.arrow", "scans.csv", "rejected.csv"])
+def test_missing_truncated_or_altered_files(copy, name):
+    path = copy / name
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(MedclrError, match=rf"{name}: its bytes changed since it was written"):
+        verify(copy)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(MedclrError, match=rf"{name}: holds [\d,]+ bytes where [\d,]+ were written"):
+        Store(copy)
+    path.unlink()
+    with pytest.raises(MedclrError, match=rf"{name}: is missing from the store"):
+        Store(copy)
+
+
+def test_damage_that_keeps_its_size_is_noticed_on_reading(copy):
+    path = copy / "slices-00000.npy"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(MedclrError, match=r"slices-00000\.npy: cannot be read"):
+        Store(copy).read([0])
+    table = copy / "slices.arrow"
+    table.write_bytes(b"x" * table.stat().st_size)
+    with pytest.raises(MedclrError, match=r"slices\.arrow: is not a slice table"):
+        Store(copy)
+
+
+def test_verify_holds_the_tables_against_each_other(copy):
+    """Tables that are whole, but not of each other: as after a careless repair."""
+    store = Store(copy)
+    columns = {name: store.column(name).copy() for name in TABLE}
+    columns["offset"][7] += 1
+    stores.write_table(copy / "slices.arrow", columns)
+    written = json.loads((copy / "store.json").read_text())["files"]
+    written["slices.arrow"] = {
+        "size": (copy / "slices.arrow").stat().st_size,
+        "sha256": stores.files.sha256(copy / "slices.arrow"),
+    }
+    edit_info(copy, files=written)
+    with pytest.raises(MedclrError, match=r"column offset contradicts scans\.csv"):
+        verify(copy)
+
+
+def test_shards_of_another_shape_are_refused(copy):
+    edit_info(copy, size_px=24)
+    with pytest.raises(MedclrError, match=r"slices-00000\.npy: holds uint16 .*48, 48\), expected uint16 .*24, 24\)"):
+        Store(copy).read([0])
