@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _API = {
-    "index": "medclr.scans.index",
+    "index": "medclr.data.index",
     "prepare": "medclr.data.prepare",
     "verify": "medclr.data.store",
     "pretrain": "medclr.pretrain",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medclr.models.encoder import load_encoder as load_encoder
     from medclr.pretrain import pretrain as pretrain
     from medclr.probe import probe as probe
-    from medclr.scans.index import index as index
+    from medclr.data.index import index as index
 
 
 class _Package(types.ModuleType):

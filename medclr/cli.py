@@ -29,7 +29,7 @@ class Verb:
 
 
 VERBS = {
-    "index": Verb("medclr.scans.index", "find the scans in folders and write a manifest", positional="roots"),
+    "index": Verb("medclr.data.index", "find the scans in folders and write a manifest", positional="roots"),
     "prepare": Verb("medclr.data.prepare", "decode each scan once into a slice store", positional="manifest"),
     "verify": Verb("medclr.data.store", "check a slice store against what was written", positional="store"),
     "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)"),

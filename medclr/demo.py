@@ -54,7 +54,7 @@ def demo(out: Path = Path("demo"), *, patients: int = 24, seed: int = 0) -> Demo
     print(_step(f"draw {patients} phantom patients: CT as DICOM series, MR as NIfTI, X-ray as PNG"))
     print(write_cohort(cohort, patients=patients, seed=seed))
 
-    from medclr.scans.index import index
+    from medclr.data.index import index
 
     print(_step(f"medclr index {cohort}/... --out {manifest} --split train=0.7,test=0.3"))
     # Three folders, because only DICOM says by itself which modality it is.

@@ -28,7 +28,7 @@ class ScanRow:
     """One scan: a DICOM series, a NIfTI volume or an image. Its fields are the columns of ``NAME.csv``, in order."""
 
     scan_id: str
-    """Keyed pseudonym of the series (DICOM) or of the file (NIfTI, images); unique."""
+    """Keyed pseudonym of ``path`` and ``sha256``; unique."""
     patient_id: str
     """Keyed pseudonym of the patient."""
     study_id: str
@@ -38,7 +38,7 @@ class ScanRow:
     body_part: str
     """A controlled word of DICOM Body Part Examined (0018,0015), PS3.16 annex L; '' if unknown."""
     plane: str
-    """axial, coronal or sagittal: the anatomical plane nearest to the slices; '' if unknown."""
+    """axial, coronal, sagittal or oblique; '' if unknown."""
     path: str
     """The file, or the folder of a DICOM series, relative to its scan root; '/' between its parts."""
     n_slices: int
@@ -168,6 +168,11 @@ def write_manifest(
     return Manifest(path, rows, file_rows, files.sha256(path))
 
 
+def read_rejected(path: Path) -> list[Rejected]:
+    """What the last run could not use, for the manifest at ``path``; raises as ``read_manifest``."""
+    return _read_table(rejected_path(path), Rejected)
+
+
 def parse_split(text: str) -> dict[str, float]:
     """``"train=0.7,test=0.3"`` -> ``{"train": 0.7, "test": 0.3}``.
 
@@ -295,11 +300,12 @@ def _check(path: Path, rows: Sequence[ScanRow], file_rows: Sequence[FileRow]) ->
                 " give all scans of a patient the same split"
             )
         seen.add(row.scan_id)
+    again = "delete both and run medclr index again"
     with_files = {row.scan_id for row in file_rows if row.kind == "image"}
     if missing := seen - with_files:
-        raise MedclrError(f"{files_path(path)}: lists no file for scan {min(missing)}; run medclr index again")
+        raise MedclrError(f"{files_path(path)}: lists no file for scan {min(missing)}; {again}")
     if strange := {row.scan_id for row in file_rows} - seen:
-        raise MedclrError(f"{files_path(path)}: scan {min(strange)} is not in {path.name}; run medclr index again")
+        raise MedclrError(f"{files_path(path)}: scan {min(strange)} is not in {path.name}; {again}")
 
 
 Row = TypeVar("Row", ScanRow, FileRow, Rejected)

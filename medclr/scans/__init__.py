@@ -1,6 +1,7 @@
 """What a hospital has -> Scan: readers, the modality table, the index, and pseudonyms.
 
-A reader is one module with four functions; to add one, write its file and put its name into ``READERS``.
+A reader is one module with four functions: ``is_NAME(head)`` and those of ``Reader``. To add one, write its file and
+put NAME into ``READERS``.
 """
 
 import importlib
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
 READERS = ("dicom", "nifti", "image")
 """Modules of this package, imported when first asked, in the order in which they are asked."""
 
+NO_SCAN = "is neither DICOM, NIfTI nor a PNG, JPEG or TIFF image"
+
 HEAD_BYTES = 4096
 """How much of a file's start a reader needs to know its own."""
 
 
 class Reader(Protocol):
-    """What the module of a reader has to offer."""
-
-    def matches(self, head: bytes) -> bool:
-        """Whether a file that starts like this is one of its own."""
+    """What the module of a reader has to offer, besides ``is_NAME(head: bytes) -> bool``: whether a file is its own."""
 
     def read_header(self, path: Path, data: bytes | None = None) -> Any:
         """What the file says of itself, checked, without its voxels; ``data`` are its bytes if known already."""
@@ -39,8 +39,9 @@ class Reader(Protocol):
 def reader_of(head: bytes) -> Reader | None:
     """The reader of files that start like this, judged by content and never by name."""
     for name in READERS:
-        reader: Reader = importlib.import_module(f"{__name__}.{name}")
-        if reader.matches(head):
+        module = importlib.import_module(f"{__name__}.{name}")
+        if getattr(module, f"is_{name}")(head):
+            reader: Reader = module
             return reader
     return None
 
@@ -60,5 +61,5 @@ def read(files: Sequence[Path], modality: str | None = None) -> "Scan":
     with Path(files[0]).open("rb") as file:
         reader = reader_of(file.read(HEAD_BYTES))
     if reader is None:
-        raise ScanError("is neither DICOM, NIfTI nor a PNG, JPEG or TIFF image")
+        raise ScanError(f"{files[0]}: {NO_SCAN}")
     return reader.read(files, modality)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageSequence, UnidentifiedImageError
 
 from medclr.errors import ScanError
-from medclr.scans.scan import Found, Scan
+from medclr.scans import bids
+from medclr.scans.scan import Found, Scan, naming
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FORMATS = ("PNG", "JPEG", "TIFF")
@@ -35,9 +36,11 @@ class Header:
     path: Path
     shape: tuple[int, int, int]
     """(D,H,W)."""
+    series: None = None
+    """Each file is a scan of its own."""
 
 
-def matches(head: bytes) -> bool:
+def is_image(head: bytes) -> bool:
     """Whether a file that starts like this is PNG, JPEG or TIFF."""
     return head.startswith(_MAGIC)
 
@@ -61,7 +64,7 @@ def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]
     found = [
         Found(
             files=(header.path,),
-            modality=None,
+            modality=bids.modality(header.path.name),
             patient="",
             study="",
             series="",
@@ -86,17 +89,18 @@ def read(files: Sequence[Path], modality: str | None = None) -> Scan:
         ScanError: the file is damaged, its pages differ in size, or the modality was not given.
     """
     (path,) = files
-    if modality is None:
-        raise ScanError("an image does not record its modality; give it with --modality")
-    with _opened(path) as image:
-        if _pages(image) == 1:
-            pages = [_luminance(image)]
-        else:
-            pages = [_luminance(page) for page in ImageSequence.Iterator(image)]
-    if len({page.shape for page in pages}) > 1:
-        raise ScanError("its pages differ in size; save each to a file of its own")
-    voxels = np.stack(pages)  # [D,H,W]
-    return Scan(voxels, np.eye(4), (1.0, 1.0, 1.0), modality, voxels.shape)
+    with naming(path):
+        if modality is None:
+            raise ScanError("does not record its modality; give it with --modality")
+        with _opened(path) as image:
+            if _pages(image) == 1:
+                pages = [_luminance(image)]
+            else:
+                pages = [_luminance(page) for page in ImageSequence.Iterator(image)]
+        if len({page.shape for page in pages}) > 1:
+            raise ScanError("its pages differ in size; save each to a file of its own")
+        voxels = np.stack(pages)  # [D,H,W]
+        return Scan(voxels, np.eye(4), (1.0, 1.0, 1.0), modality, voxels.shape)
 
 
 @contextmanager
@@ -114,6 +118,8 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[ImageFile.ImageFi
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ScanError(f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels; save it smaller") from error
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError) as error:  # as damage may be
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's trouble, not the file's
         raise ScanError(f"is damaged or ends early ({error}); copy it again") from error
 
 

@@ -8,7 +8,6 @@ Shape letters: D slices, H rows, W columns.
 """
 
 import gzip
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
-from medclr.errors import MedclrError, ScanError
-from medclr.scans.modality import modality_of
-from medclr.scans.scan import Found, Scan
+from medclr.errors import ScanError
+from medclr.scans import bids
+from medclr.scans.scan import Found, Scan, naming
 
 # Where (d,h,w) run in each plane: letters are the patient's Right, Left, Anterior, Posterior, Superior, Inferior.
 _VIEWS = {"axial": "SPL", "coronal": "PIL", "sagittal": "RIP"}
@@ -32,7 +31,6 @@ _PLANES = ("sagittal", "coronal", "axial")  # of slices stacked along the world 
 _ISOTROPIC = 0.9  # spacings within 10 % count as equal
 _TO_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _MOST_COMPRESSED = 1032  # zlib never expands a byte to more than this (zlib, technical details)
-_BIDS_SEGMENTATIONS = ("dseg", "probseg", "mask")
 
 T = TypeVar("T")
 
@@ -53,6 +51,8 @@ class Header:
     compressed: bool
     modality: str | None
     """From a BIDS suffix such as ``_T1w``."""
+    series: None = None
+    """Each file is a scan of its own."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class View:
         return matrix
 
 
-def matches(head: bytes) -> bool:
+def is_nifti(head: bytes) -> bool:
     """Whether a file that starts like this is NIfTI, gzipped or not."""
     return _magic(_unzipped(head, 352)) is not None
 
@@ -134,14 +134,14 @@ def read_header(path: Path, data: bytes | None = None) -> Header:
 
     volume_shape = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
     oriented = bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-    return Header(path, volume_shape, affine, oriented, n_bytes, compressed, _bids_modality(path.name))
+    return Header(path, volume_shape, affine, oriented, n_bytes, compressed, bids.modality(path.name))
 
 
 def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]]:
     """Each file is one scan; also returns the files that are none, with the reason."""
     found, rejected = [], []
     for header in headers:
-        if (suffix := _bids_suffix(header.path.name)) in _BIDS_SEGMENTATIONS:
+        if (suffix := bids.suffix(header.path.name)) in bids.SEGMENTATIONS:
             rejected.append((header.path, f"is a segmentation (BIDS suffix _{suffix}), not a scan; see --masks"))
             continue
         view = _view(header)
@@ -172,16 +172,17 @@ def read(files: Sequence[Path], modality: str | None = None) -> Scan:
         ScanError: the file is damaged, is not one grey volume, or holds NaN or infinity.
     """
     (path,) = files
-    header = read_header(path)
-    modality = modality or header.modality
-    if modality is None:
-        raise ScanError("NIfTI does not record the modality; give it with --modality")
-    voxels = _voxels(header)  # [X,Y,Z]
-    if n_bad := int(np.size(voxels) - np.isfinite(voxels).sum()):
-        raise ScanError(f"{n_bad:,} of its {voxels.size:,} voxels are NaN or infinite; replace them by what they mean")
-    view = _view(header)
-    affine = header.affine @ view.matrix(header.shape)
-    return Scan(view.apply(voxels), affine, _spacing_mm(affine), modality, header.shape, view.axes, view.flips)
+    with naming(path):
+        header = read_header(path)
+        modality = modality or header.modality
+        if modality is None:
+            raise ScanError("does not record its modality; give it with --modality")
+        voxels = _voxels(header)  # [X,Y,Z]
+        if n_bad := int(voxels.size - np.isfinite(voxels).sum()):
+            raise ScanError(f"{n_bad:,} of its {voxels.size:,} voxels are NaN or infinite; put in what they stand for")
+        view = _view(header)
+        affine = header.affine @ view.matrix(header.shape)
+        return Scan(view.apply(voxels), affine, _spacing_mm(affine), modality, header.shape, view.axes, view.flips)
 
 
 def read_mask(path: Path, like: Scan) -> NDArray[np.uint16]:
@@ -198,7 +199,23 @@ def read_mask(path: Path, like: Scan) -> NDArray[np.uint16]:
     Raises:
         ScanError: it is damaged, has another grid, or holds anything but such numbers.
     """
-    header = read_header(path)
+    with naming(path):
+        header = read_header(path)
+        view = _view_as(header, like)
+        values = view.apply(_voxels(header))  # [D,H,W]
+        mask = _whole_numbers(values)
+        if not np.array_equal(mask, values):
+            raise ScanError("holds values that are not whole numbers from 0 to 65535, so it is no segmentation")
+        return mask
+
+
+def _whole_numbers(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """[D,H,W] rounded and cut to what uint16 holds."""
+    return np.clip(np.rint(np.nan_to_num(values)), 0, 65535).astype(np.uint16)
+
+
+def _view_as(header: Header, like: Scan) -> View:
+    """How a file on the grid of ``like`` becomes its [D,H,W]; ScanError if it lies on another grid."""
     # like's index -> the mask's index: on one grid this is a signed permutation and a whole offset.
     change = np.linalg.inv(header.affine) @ like.affine  # [4,4]
     rounded = np.rint(change)
@@ -212,11 +229,7 @@ def read_mask(path: Path, like: Scan) -> NDArray[np.uint16]:
     shape = view.permute(header.shape)
     if shape != like.voxels.shape or not np.array_equal(rounded, view.matrix(header.shape)):
         raise ScanError(f"covers {shape} voxels where the scan has {like.voxels.shape}; resample it to the scan")
-    values = view.apply(_voxels(header))  # [D,H,W]
-    mask = values.astype(np.uint16)
-    if not np.array_equal(mask, values):
-        raise ScanError("holds values that are not whole numbers from 0 to 65535, so it is no segmentation")
-    return mask
+    return view
 
 
 def _unzipped(data: bytes, length: int) -> bytes:
@@ -277,17 +290,3 @@ def _view(header: Header) -> View:
     d, h, w = (world.index(int(axis)) for axis in wanted[:, 0])
     turned = orientation[[d, h, w], 1] != wanted[:, 1]
     return View(plane, (d, h, w), (bool(turned[0]), bool(turned[1]), bool(turned[2])))
-
-
-def _bids_suffix(name: str) -> str:
-    """``sub-01_ses-2_T1w.nii.gz`` -> ``T1w``; '' for names that are not of BIDS."""
-    match = re.fullmatch(r"sub-[A-Za-z0-9]+_(?:.*_)?([A-Za-z0-9]+)\.nii(?:\.gz)?", name)
-    return match[1] if match else ""
-
-
-def _bids_modality(name: str) -> str | None:
-    suffix = _bids_suffix(name)
-    try:
-        return modality_of(suffix).name if suffix else None
-    except MedclrError:
-        return None

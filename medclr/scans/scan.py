@@ -3,11 +3,16 @@
 Shape letters used in this package: D slices, H rows, W columns.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from medclr.errors import ScanError
+from medclr.scans.modality import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,6 @@ class Scan:
     """For each of (d,h,w): whether it runs against the source axis."""
 
     def __post_init__(self) -> None:
-        from medclr.errors import ScanError
-        from medclr.scans.modality import MODALITIES
-
         if self.voxels.ndim != 3 or 0 in self.voxels.shape:
             raise ScanError(f"expected voxels of shape [D,H,W], got {list(self.voxels.shape)}")
         if self.voxels.dtype != np.float32:
@@ -92,3 +94,12 @@ class Found:
 
     spacing_mm: tuple[float, float, float]
     """Distance between voxel centres along (d,h,w); (1,1,1) where the file records none."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file before the reason of a ScanError raised inside."""
+    try:
+        yield
+    except ScanError as error:
+        raise ScanError(f"{path}: {error}") from error

@@ -1,0 +1,199 @@
+"""Labels and masks, and which scan each belongs to.
+
+Both name scans by file: as a path relative to the scan root or to the table, as an absolute path, or by the bare name
+where only one scan has it; the suffix may be left out. A DICOM series goes by its folder or any of its slices.
+"""
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medclr.errors import MedclrError
+from medclr.scans.modality import modality_of
+
+_SUFFIXES = (".nii.gz", ".nii", ".dcm", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One line of a labels table."""
+
+    file: str
+    """'' in a table that goes by patient."""
+    patient: str
+    """As the hospital writes it; '' where the table has no such column."""
+    label: str
+    """'' if the line only says who the patient is."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One segmentation file."""
+
+    root: Path
+    """Absolute folder of the masks."""
+    path: str
+    """Relative to ``root``."""
+    scan: str
+    """The name of its scan, as far as is known."""
+
+
+class Names:
+    """Finds scans by the names of their files."""
+
+    def __init__(self) -> None:
+        self._paths: defaultdict[str, set[int]] = defaultdict(set)
+        self._names: defaultdict[str, set[int]] = defaultdict(set)
+
+    def add(self, number: int, root: str, paths: Iterable[str]) -> None:
+        """Give scan ``number`` the names that follow from these paths relative to ``root``."""
+        for path in paths:
+            absolute = os.path.normpath(f"{root}/{path}")
+            for name in (path, absolute):
+                self._paths[name].add(number)
+                self._paths[stem(name)].add(number)
+            name = absolute.rpartition("/")[2]
+            self._names[name].add(number)
+            self._names[stem(name)].add(number)
+
+    def find(self, name: str, beside: Path) -> set[int]:
+        """Numbers of the scans so called; ``beside`` is the folder that a relative name may start from.
+
+        A path goes before a bare name, and a name as written before the same without its suffix.
+        """
+        name = os.path.normpath(name)
+        absolute = os.path.normpath(beside.absolute() / name)
+        bare = name.rpartition("/")[2]
+        for table, word in (
+            (self._paths, name),
+            (self._paths, absolute),
+            (self._names, bare),
+            (self._paths, stem(name)),
+            (self._names, stem(bare)),
+        ):
+            if hits := table.get(word):
+                return hits
+        return set()
+
+
+def stem(name: str) -> str:
+    """Without the suffix of a scan's file; a folder called by a UID keeps its dots."""
+    lower = name.lower()
+    return next((name[: -len(suffix)] for suffix in _SUFFIXES if lower.endswith(suffix)), name)
+
+
+def read_labels(path: Path) -> list[Label]:
+    """The lines of a CSV with a ``file`` or a ``patient_id`` column, or both, and usually a ``label`` column.
+
+    Raises:
+        MedclrError: the table is missing or unreadable, has no such columns, or says two things of one scan.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets like to write a byte order mark
+            table = csv.DictReader(file)
+            columns = set(table.fieldnames or ())
+            lines = list(table)
+    except OSError as error:
+        raise MedclrError(f"--labels {path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise MedclrError(f"--labels {path}: is not a comma-separated table in UTF-8 ({error})") from error
+    if not columns & {"file", "patient_id"} or not columns & {"label", "patient_id"}:
+        raise MedclrError(f"--labels {path}: needs a column label, and a column file or patient_id or both")
+    if "file" not in columns and "label" not in columns:
+        raise MedclrError(f"--labels {path}: a table without a column file needs a column label")
+    cells = ([(line.get(name) or "").strip() for name in ("file", "patient_id", "label")] for line in lines)
+    labels = [Label(*line) for line in cells]
+    said: dict[str, Label] = {}
+    for label in labels:
+        name = label.file or label.patient
+        if not name or (not label.file and "file" in columns):
+            raise MedclrError(f"--labels {path}: a line names no {'file' if 'file' in columns else 'patient'}")
+        if said.setdefault(name, label) != label:
+            raise MedclrError(f"--labels {path}: says two things of {name!r}; keep one line for it")
+    return labels
+
+
+def read_masks(path: Path) -> tuple[list[Mask], str | None]:
+    """The masks in a folder of NIfTI files, or in a Decathlon or MONAI ``dataset.json``, and the modality told there.
+
+    Raises:
+        MedclrError: there is no such file or folder, it holds no masks, or the JSON does not look like that.
+    """
+    if path.is_dir():
+        found = sorted(
+            p for p in path.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith(".")
+        )
+        names = [p.relative_to(path).as_posix() for p in found]
+        masks, modality = [Mask(path.absolute(), name, stem(name)) for name in names], None
+    elif path.is_file():
+        masks, modality = _read_dataset(path)
+    else:
+        raise MedclrError(f"--masks {path}: no such folder or dataset.json")
+    if not masks:
+        raise MedclrError(f"--masks {path}: holds no NIfTI masks")
+    return masks, modality
+
+
+def _read_dataset(path: Path) -> tuple[list[Mask], str | None]:
+    try:
+        dataset: Any = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(str(item["image"]), item["label"]) for item in dataset["training"]]
+        words = dataset.get("modality", {})
+        told = {modality_of(str(word)).name for word in (words.values() if isinstance(words, dict) else [words])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MedclrError(
+            f'--masks {path}: is not a dataset.json with "training": [{{"image": ..., "label": ...}}, ...] ({error!r})'
+        ) from error
+    root = path.parent.absolute()
+    masks = []
+    for image, label in pairs:
+        if not isinstance(label, str):
+            raise MedclrError(f"--masks {path}: the label of {image} is no mask file; classes belong into --labels")
+        mask = Path(os.path.normpath(root / label))
+        if not mask.is_file():
+            raise MedclrError(f"--masks {path}: names the mask {label}, which is not there")
+        folder = root if mask.is_relative_to(root) else mask.parent
+        masks.append(Mask(folder, mask.relative_to(folder).as_posix(), image))
+    return masks, told.pop() if len(told) == 1 else None
+
+
+def assign(
+    source: str, wanted: Sequence[str], names: Names, usable: int, beside: Path, allow_unmatched: bool
+) -> list[int | None]:
+    """The number of the scan that each of ``wanted`` names.
+
+    Args:
+        source: the option and its file, to begin a message with.
+        wanted: names of scans.
+        names: where to look them up; numbers from ``usable`` on are rejected files, which are passed over.
+        usable: how many scans there are.
+        beside: folder that relative names may start from.
+        allow_unmatched: pass over names of no scan.
+
+    Raises:
+        MedclrError: a name is no scan's, or two scans', or two names are one scan's.
+    """
+    numbers: list[int | None] = []
+    missing: list[str] = []
+    taken: dict[int, str] = {}
+    for name in wanted:
+        hits = names.find(name, beside)
+        number = next(iter(hits), None)
+        numbers.append(number if number is not None and number < usable else None)
+        if number is None:
+            missing.append(name)
+        elif len(hits) > 1:
+            raise MedclrError(f"{source}: {len(hits)} files or scans are called {name!r}; write their paths in full")
+        elif number < usable and taken.setdefault(number, name) != name:
+            raise MedclrError(f"{source}: {taken[number]!r} and {name!r} are the same scan; keep one")
+    if missing and not allow_unmatched:
+        raise MedclrError(
+            f"{source}: {len(missing)} of its {len(wanted)} names are of no scan, the first is {missing[0]!r};"
+            " mend them, or pass --allow_unmatched true"
+        )
+    return numbers
