@@ -66,7 +66,8 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values)
 
 
 def load_batch(store: Store, indices: ArrayLike) -> Batch:
