@@ -19,16 +19,15 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.new_empty(len(x) * dist.get_world_size(), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,) = grads
-        mine = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad.contiguous())
-        return mine
+        grad = grads[0].clone()  # [n*W,...]
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class _AllReduce(torch.autograd.Function):
@@ -65,6 +64,8 @@ class _GlobalBatchNorm(_BatchNorm):
             mean = _AllReduce.apply(input.sum(axes) / count)  # [C]
             centred = input - mean.view(shape)  # [n,C,...]
             var = _AllReduce.apply(centred.square().sum(axes) / count)  # [C]: a second pass, so that nothing cancels
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
             running_mean.lerp_(mean.detach(), self.momentum)
             running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
         else:
@@ -115,7 +116,7 @@ class Group:
         """``module`` with the weights of rank 0 and gradients averaged over the processes. Call it, not its methods."""
         if self.world_size == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module)
 
     def sync_batch_norm(self, module: nn.Module) -> nn.Module:
         """``module`` with its batch norms taking their statistics over all processes; same tensors, same names."""

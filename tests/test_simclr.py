@@ -1,0 +1,108 @@
+"""SimCLR as a method, and what every method must keep to."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medclr import methods
+from medclr.errors import MedclrError
+from medclr.losses.nt_xent import nt_xent
+from medclr.methods.simclr import Config, Method
+
+
+class TinyEncoder(nn.Module):
+    """Image [B,1,H,W] -> features [B,16]; batch norm first, so that its statistics are those of the input."""
+
+    features = 16
+    size_px = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.conv = nn.Conv2d(1, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x)).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+
+def views(n: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two views of each of ``n`` images: the image with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(n, 1, 8, 8, generator=generator)
+    a, b = (image + 0.05 * torch.randn(n, 1, 8, 8, generator=generator) for _ in range(2))
+    return a, b
+
+
+def test_batch_norm_sees_both_views_at_once() -> None:
+    torch.manual_seed(0)
+    encoder = TinyEncoder()
+    method = Method(Config(), encoder)
+    a, b = views()
+    method.loss(a, b + 5)
+    both = torch.cat([a, b + 5])
+    norm = encoder.norm
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked == 1
+    torch.testing.assert_close(norm.running_mean, 0.1 * both.mean().view(1))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * both.var().view(1))
+
+
+def test_loss_is_nt_xent_of_the_heads_embeddings() -> None:
+    torch.manual_seed(0)
+    method = Method(Config(temperature=0.4, head_layers=3, out_features=7), TinyEncoder()).eval()
+    a, b = views()
+    loss, logs = method.loss(a, b)
+    za, zb = method.head(method.encoder(a)), method.head(method.encoder(b))  # eval mode: view by view is the same
+    assert za.shape == (8, 7)
+    torch.testing.assert_close(loss, nt_xent(za, zb, 0.4))
+    torch.testing.assert_close(logs["positive_cosine"], nn.functional.cosine_similarity(za, zb).mean())
+    torch.testing.assert_close(method(a, b)[0], loss)
+
+
+def test_learns_to_find_the_twin() -> None:
+    torch.manual_seed(0)
+    method = Method(Config(out_features=16), TinyEncoder())
+    optimizer = torch.optim.Adam(method.parameters(), lr=3e-2)
+    losses = []
+    for step in range(100):
+        loss, _ = method.loss(*views(16, seed=step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_keeps_the_contract(name: str) -> None:
+    """Settings have defaults and are frozen; the loss is a finite scalar that trains the encoder; logs are scalars."""
+    torch.manual_seed(0)
+    module = methods.get(name)
+    config = module.Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, None)
+    encoder = TinyEncoder()
+    method = module.Method(config, encoder)
+    assert method.encoder is encoder
+    loss, logs = method.loss(*views(), None, None)
+    loss.backward()
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    assert encoder.conv.weight.grad is not None
+    assert encoder.conv.weight.grad.abs().sum() > 0
+    assert all(value.shape == () and not value.requires_grad for value in logs.values())
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    assert "simclr" in methods.names()
+    with pytest.raises(MedclrError, match="'simclear' is unknown; the nearest known one is 'simclr'"):
+        methods.get("simclear")
+
+
+def test_impossible_settings_are_named() -> None:
+    for wrong, named in (({"temperature": 0.0}, "temperature: 0.0"), ({"out_features": 0}, "out_features: 0")):
+        with pytest.raises(MedclrError, match=named):
+            Config(**wrong)
