@@ -1,7 +1,7 @@
 """DICOM -> Scan: pixels as the scanner meant them (PS3.3 C.7.6.3, C.11.1).
 
-``dicom_header.py`` says what a file is, ``dicom_series.py`` which files make a scan and where their slices lie; here they
-are decoded, brought to physical units, and stacked. What cannot be read with certainty is refused.
+``dicom_header.py`` says what a file is, ``dicom_series.py`` which files make a scan and where their slices lie. Here
+they are decoded, brought to physical units, and stacked. What cannot be read with certainty is refused.
 """
 
 import warnings
@@ -54,9 +54,9 @@ def read(files: Sequence[Path], modality: str | None = None) -> Scan:
         modality: a key of MODALITIES; only needed where the files do not say.
 
     Returns:
-        voxels [D,H,W]: rows and columns as stored, slices along the normal; after the modality LUT. CT in Hounsfield
-        units. MONOCHROME1 is turned round (x -> lowest + highest representable value - x), but not where grey levels
-        are measurements (CT, PT, NM). Colour becomes luminance. Padding becomes the modality's air.
+        voxels [D,H,W]: rows and columns as stored, slices along the normal; after the modality LUT, so CT is in exact
+        Hounsfield units. MONOCHROME1 is turned round (x -> lowest + highest representable value - x), but not where
+        grey levels are measurements (CT, PT, NM). Colour becomes luminance. Padding becomes the modality's air.
 
     Raises:
         ScanError: the files are not exactly one scan, or their pixels cannot be read with certainty.
@@ -84,17 +84,19 @@ def read(files: Sequence[Path], modality: str | None = None) -> Scan:
         slot = np.argsort(place.order)  # slice as given -> place along the normal
         start = 0
         for i, (file, header) in enumerate(zip(files, headers, strict=True)):
-            dataset, datasets[i] = datasets[i], None  # so that memory holds the rest and the result, not both
+            dataset, datasets[i] = datasets[i], None  # memory holds the files still to come, not all of them
             try:
                 voxels[slot[start : start + header.frames]] = _physical(dataset, header, row)
             except ScanError as error:
                 raise ScanError(f"{file}: {error}") from error
+            except Exception as error:  # each codec has its own
+                reason = " ".join(str(error).split())[:200]
+                raise ScanError(f"{file}: its pixels cannot be decoded ({type(error).__name__}: {reason})") from error
             start += header.frames
-    if not np.isfinite(voxels).all():
-        raise ScanError(f"{files[0]}: its pixels hold NaN or infinity")
-    first = headers[0]
-    source = (first.rows * first.tiles, first.columns * first.tiles) if first.tiles else (first.rows, first.columns)
-    return Scan(voxels, place.affine, place.spacing_mm, row.name, source_shape=(len(files), *source))
+    try:
+        return Scan(voxels, place.affine, place.spacing_mm, row.name, source_shape=voxels.shape)
+    except ScanError as error:
+        raise ScanError(f"{files[0]}: {error}") from error
 
 
 def _open(file: Path) -> tuple[Dataset, Header]:
@@ -126,24 +128,19 @@ def _physical(dataset: Dataset, header: Header, row: Modality) -> NDArray[np.flo
     if syntax is None:  # a file without its preamble
         implicit, little = dataset.original_encoding
         syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-    try:
-        stored: NDArray[Any]
-        stored, description = get_decoder(syntax).as_array(dataset, correct_unused_bits=False)
-        colour = str(description["photometric_interpretation"])
-        stored = stored.reshape(-1, *stored.shape[-3 if header.samples > 1 else -2 :])  # [F,H,W] or [F,H,W,3]
-        if colour == "PALETTE COLOR":
-            stored = apply_color_lut(stored, dataset)
-    except Exception as error:  # each codec has its own
-        raise ScanError(f"its pixels cannot be decoded ({str(error).splitlines()[0][:200]})") from error
+    stored, description = get_decoder(syntax).as_array(dataset, correct_unused_bits=False)
+    stored = stored.reshape(-1, *stored.shape[-3 if header.samples > 1 else -2 :])  # [F,H,W] or [F,H,W,3]
+    colour = str(description["photometric_interpretation"])  # YBR is RGB by now
     values: NDArray[np.float32]
-    if stored.ndim == 4:
-        if stored.shape[-1] < 3 or colour not in ("PALETTE COLOR", "RGB", "YBR_ICT", "YBR_RCT"):
-            raise ScanError(f"its colours ({colour}) are none that medclr knows")
-        values = (stored[..., :3] @ _LUMINANCE).astype(np.float32)
+    if colour in ("PALETTE COLOR", "RGB", "YBR_ICT", "YBR_RCT"):
+        values = np.empty(stored.shape[:3], dtype=np.float32)
+        for frame, pixels in enumerate(stored):
+            rgb = apply_color_lut(pixels, dataset) if colour == "PALETTE COLOR" else pixels
+            values[frame] = rgb[..., :3] @ _LUMINANCE
     elif colour in ("MONOCHROME1", "MONOCHROME2"):
         values = _grey(stored, dataset, row, turned=colour == "MONOCHROME1" and row.name not in _MEASURED)
     else:
-        raise ScanError(f"its Photometric Interpretation ({colour}) does not fit its {header.samples} samples a pixel")
+        raise ScanError(f"has the Photometric Interpretation {colour}, which medclr does not read")
     if header.tiles:
         side = header.tiles
         values = values.reshape(side, header.rows, side, header.columns).transpose(0, 2, 1, 3)  # [tiles, tiles, H, W]

@@ -14,8 +14,8 @@ from typing import BinaryIO, cast
 
 import numpy as np
 from pydicom import dcmread
-from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, SecondaryCaptureImageStorage, SegmentationStorage
 
 from medclr.errors import ScanError
@@ -62,14 +62,7 @@ _KEYWORDS = (
 )  # fmt: skip
 
 
-def _tag(name: str | int) -> int:
-    tag = name if isinstance(name, int) else tag_for_keyword(name)
-    if tag is None:
-        raise KeyError(name)
-    return tag
-
-
-_TAGS = {name: _tag(name) for name in (*_KEYWORDS, *TELLING, _CSA_IMAGE_HEADER)}
+_TAGS = {name: Tag(name) for name in (*_KEYWORDS, *TELLING, _CSA_IMAGE_HEADER)}
 
 # Defined terms of Body Part Examined (PS3.16 annex L), spaces and punctuation taken out. Whatever is not among them
 # could be free text that names somebody, and is dropped.
@@ -212,8 +205,9 @@ def header_of(path: Path, dataset: Dataset) -> Header:
     if not orientation or not positions:
         orientation, positions = (), ()
 
-    if modality in _VOLUMES and not positions and kind.startswith(SecondaryCaptureImageStorage):
-        modality = "OT"  # a screenshot or a report page: grey levels, not the scanner's values
+    samples = _integer(dataset, "SamplesPerPixel") or 1
+    if modality in _VOLUMES and (samples > 1 or (not positions and kind.startswith(SecondaryCaptureImageStorage))):
+        modality = "OT"  # a rendering, a screenshot or a report page: not the scanner's values
     if modality in _VOLUMES and not positions:
         raise ScanError("records no Image Position and Orientation (Patient), so its slices cannot be put in space")
     if positions and not spacing:
@@ -237,7 +231,7 @@ def header_of(path: Path, dataset: Dataset) -> Header:
         frames=frames,
         rows=rows,
         columns=columns,
-        samples=_integer(dataset, "SamplesPerPixel") or 1,
+        samples=samples,
         tiles=tiles,
         orientation=orientation,
         positions=positions,
@@ -366,13 +360,14 @@ def _check_hounsfield(dataset: Dataset) -> None:
 
 
 def _check_length(dataset: Dataset, header: Header, file: BinaryIO) -> None:
-    """Refuse files that end before their pixels do; ``file`` stands where the reading stopped."""
+    """Refuse files that end before their pixels do; ``file`` stands at the pixel element, where reading stopped."""
     syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ""))
     if syntax == DeflatedExplicitVRLittleEndian:
         return
-    start = file.tell()
+    implicit, _ = dataset.original_encoding
+    start = file.tell() + (8 if implicit else 12)  # tag, VR and length
     held = file.seek(0, 2) - start
-    if not held:
+    if held < 0:
         raise ScanError("holds no pixel data")
     if syntax and syntax.is_encapsulated:
         return

@@ -57,7 +57,7 @@ def grid(headers: Sequence[Header]) -> Grid:
         spacing = (1.0, between_rows, between_columns)
         return Grid(tuple(range(count)), np.diag([*spacing, 1.0]), spacing, "")
 
-    across, down = _axes(first.orientation)
+    across, down = _axes(headers)
     normal = np.cross(across, down)
     along = points @ normal  # [n]
     order = np.argsort(along, kind="stable")
@@ -92,8 +92,9 @@ def grid(headers: Sequence[Header]) -> Grid:
     return Grid(tuple(order.tolist()), affine, spacing, _plane(normal))
 
 
-def _axes(orientation: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    across, down = np.array(orientation).reshape(2, 3)  # along a row, along a column
+def _axes(headers: Sequence[Header]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Unit vectors along a row and along a column. They may differ in the last digits from slice to slice."""
+    across, down = np.median([header.orientation for header in headers], axis=0).reshape(2, 3)
     lengths = np.linalg.norm(across), np.linalg.norm(down)
     if abs(lengths[0] - 1) > 1e-2 or abs(lengths[1] - 1) > 1e-2 or abs(across @ down) > 1e-2:
         raise ScanError("has an Image Orientation (Patient) that is not two perpendicular unit vectors")
