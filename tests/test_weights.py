@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from medclr import files
 from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
 from medclr.models import weights
@@ -234,7 +235,7 @@ def test_download_is_checked_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyP
     server, folder = tmp_path / "server", tmp_path / "hub"
     server.mkdir()
     torch.save(colour_resnet("resnet18").state_dict(), server / "resnet18.pth")
-    digits = weights.files.sha256(server / "resnet18.pth")[:8]
+    digits = files.sha256(server / "resnet18.pth")[:8]
     (server / "resnet18.pth").rename(server / f"resnet18-{digits}.pth")
     (server / "resnet34-00000000.pth").write_bytes(b"something else")
     monkeypatch.setattr(weights, "TORCHVISION_URL", server.as_uri() + "/")
@@ -249,7 +250,7 @@ def test_download_is_checked_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert imagenet(fetch="resnet18")[0].features == 512
     for missing in ("resnet34", "resnet50"):
         with pytest.raises(MedclrError, match=f"{missing}-.*the download failed"):
-            imagenet(fetch=missing)  # type: ignore[arg-type]
+            imagenet(fetch=missing)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [names["resnet18"]]  # nothing half-written
 
     monkeypatch.setattr(weights, "TORCHVISION_URL", "file:///nowhere/")
