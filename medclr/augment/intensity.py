@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medclr.augment.transform import BatchTransform, Params, per_image, uniform
@@ -22,19 +23,24 @@ BANK = 1 << 20
 def scale_to_unit(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Map [low, high] [B] to [0,1] and clip; an empty range gives 0 up to it and 1 above."""
     scale = 1 / (high - low).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
-    return torch.addcmul(per_image(-low * scale), images, per_image(scale)).clamp_(0, 1)
+    return (images * per_image(scale)).add_(per_image(-low * scale)).clamp_(0, 1)
+
+
+def image_mean(images: Tensor) -> Tensor:
+    """Mean of each image [B,1,H,W], [B,1,1,1]."""
+    # Rows first: summed at once, the order of the additions would depend on the batch and on the number of threads.
+    return images.mean(3, keepdim=True).mean(2, keepdim=True)
 
 
 def gamma(images: Tensor, exponent: Tensor) -> Tensor:
     """x ** exponent [B]: MONAI's AdjustContrast for images that span [0,1]."""
-    return images.pow(per_image(exponent))
+    return images.log().mul_(per_image(exponent)).exp_()  # a quarter faster than pow
 
 
 def contrast(images: Tensor, factor: Tensor, brightness: Tensor) -> Tensor:
     """factor * (x - mean) + mean + brightness, clipped to [0,1]; factor, brightness [B], mean of each image."""
-    mean = images.mean((1, 2, 3))  # [B]
-    shift = mean * (1 - factor) + brightness
-    return torch.addcmul(per_image(shift), images, per_image(factor)).clamp_(0, 1)
+    shift = image_mean(images) * per_image(1 - factor) + per_image(brightness)  # [B,1,1,1]
+    return (images * per_image(factor)).add_(shift).clamp_(0, 1)
 
 
 @lru_cache(maxsize=16)
@@ -58,8 +64,9 @@ def bias_field(images: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def gain(images: Tensor, coefficients: Tensor) -> Tensor:
-    """x * exp(sum_j c_j P_j(row)), clipped to [0,1]: an ultrasound time-gain compensation set by hand, [B,J]."""
-    curve = coefficients @ legendre(images.shape[2], coefficients.shape[1] - 1, images.device)  # [B,H]
+    """x * exp(sum_j c_j P_j(row)), clipped to [0,1]: ultrasound time-gain compensation; coefficients [B,J]."""
+    polynomials = legendre(images.shape[2], coefficients.shape[1] - 1, images.device)  # [J,H]
+    curve = (coefficients[:, :, None] * polynomials).sum(1)  # [B,H]
     return (images * curve.exp()[:, None, :, None]).clamp_(0, 1)
 
 
@@ -93,7 +100,7 @@ def rician_noise(images: Tensor, std: Tensor, offset: Tensor, offset_imaginary: 
     """sqrt((x + std * n1)**2 + (std * n2)**2), clipped to [0,1]: noise of MR magnitude images (Gudbjartsson 1995)."""
     real = noise(offset, *images.shape[2:]).mul_(per_image(std)).add_(images)
     imaginary = noise(offset_imaginary, *images.shape[2:]).mul_(per_image(std))
-    return torch.hypot(real, imaginary).clamp_(0, 1)
+    return real.square_().addcmul_(imaginary, imaginary).sqrt_().clamp_(0, 1)
 
 
 def speckle(images: Tensor, std: Tensor, offset: Tensor) -> Tensor:
@@ -101,23 +108,25 @@ def speckle(images: Tensor, std: Tensor, offset: Tensor) -> Tensor:
     return noise(offset, *images.shape[2:]).mul_(per_image(std)).add_(1).mul_(images).clamp_(0, 1)
 
 
-def blur_matrix(sigma: Tensor, size: int, radius: int) -> Tensor:
-    """[B,size,size] whose product with a row of pixels blurs it; rows sum to 1, also where the edge cuts the kernel."""
-    index = torch.arange(size, device=sigma.device)
-    distance = (index[:, None] - index).abs()  # [size,size]
-    kernel = torch.exp(-0.5 * (distance / sigma[:, None, None]) ** 2) * (distance <= radius)
-    return kernel / kernel.sum(2, keepdim=True)
-
-
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur, sigma [B] in pixels, kernel of SimCLR's size: height // 10, made odd.
+    """Gaussian blur, sigma [B] in pixels, kernel of SimCLR's size: height // 10, made odd; edge pixels are repeated.
 
-    One pass along each axis, each a product with a banded matrix: for kernels of this size faster than convolutions.
-    At the edge the kernel is normalised over the pixels that exist, so no dark frame grows.
+    One pass down and one across, each a sum of shifted images: as fast as a grouped convolution, and the same to the
+    last bit however the batch is cut, on every device.
     """
     radius = max(images.shape[2] // 10 // 2, 1)
-    down, across = (blur_matrix(sigma, size, radius) for size in images.shape[2:])  # [B,H,H], [B,W,W]
-    return (down @ images[:, 0] @ across.transpose(1, 2))[:, None].clamp_(0, 1)
+    kernel = torch.exp(-0.5 * (torch.arange(radius + 1, device=sigma.device) / sigma[:, None]) ** 2)  # [B,radius+1]
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
+    weights = [per_image(weight) for weight in kernel.unbind(1)]
+    for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        size = images.shape[axis]
+        wide = F.pad(images, pad, mode="replicate")
+        images = wide.narrow(axis, radius, size) * weights[0]
+        pair = torch.empty_like(images)
+        for shift in range(1, radius + 1):
+            torch.add(wide.narrow(axis, radius - shift, size), wide.narrow(axis, radius + shift, size), out=pair)
+            images.addcmul_(pair, weights[shift])
+    return images
 
 
 def cutout(images: Tensor, box: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ def cutout(images: Tensor, box: Tensor) -> Tensor:
     rows = (y >= box[:, 0, None]) & (y < box[:, 2, None])  # [B,H]
     columns = (x >= box[:, 1, None]) & (x < box[:, 3, None])  # [B,W]
     hole = rows[:, None, :, None] & columns[:, None, None, :]  # [B,1,H,W]
-    return torch.where(hole, images.mean((1, 2, 3), keepdim=True), images)
+    return torch.where(hole, image_mean(images), images)
 
 
 class RandomWindow(BatchTransform):
@@ -208,7 +217,7 @@ class RandomGamma(BatchTransform):
             return gamma(images, params["gamma"])
         sign = per_image(1 - 2 * params["inverted"].float())  # x -> 1 - x is shift + sign * x, and its own inverse
         shift = per_image(params["inverted"].float())
-        return torch.addcmul(shift, sign, gamma(torch.addcmul(shift, sign, images), params["gamma"]))
+        return gamma((images * sign).add_(shift), params["gamma"]).mul_(sign).add_(shift)
 
     def describe(self, params: Params, i: int) -> str:
         """The exponent."""

@@ -25,7 +25,7 @@ from medclr.augment.intensity import (
     scale_to_unit,
 )
 from medclr.augment.transform import BatchTransform, Params, select
-from medclr.errors import MedclrError
+from medclr.config import ViewsConfig
 from medclr.scans.modality import MODALITIES, Modality
 
 if TYPE_CHECKING:
@@ -34,50 +34,8 @@ if TYPE_CHECKING:
 Chain = tuple[BatchTransform, ...]
 
 
-@dataclass(frozen=True)
-class ViewsConfig:
-    """How two views of a slice are made."""
-
-    size_px: int = 64
-    """Rows and columns of a view."""
-
-    crop_area: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest area of the random crop, as fractions of the slice."""
-
-    rotation_deg: float | None = None
-    """Largest rotation either way, in degrees; null: what is plausible for the modality."""
-
-    flip: bool = True
-    """Mirror views at random, where the modality allows it."""
-
-    strength: float = 1.0
-    """Multiplies the width of every intensity jitter: window, range, gamma, contrast, bias field, gain and noise."""
-
-    noise: float = 0.5
-    """Probability of noise (of speckle, in ultrasound)."""
-
-    blur: float = 0.5
-    """Probability of a Gaussian blur."""
-
-    cutout: float = 0.2
-    """Probability that a rectangle is cut out."""
-
-    def __post_init__(self) -> None:
-        if self.size_px < 8:
-            raise MedclrError(f"views.size_px is {self.size_px}; choose at least 8")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise MedclrError(f"views.crop_area is {list(self.crop_area)}; choose 0 < smallest <= largest <= 1")
-        if self.rotation_deg is not None and not 0 <= self.rotation_deg <= 180:
-            raise MedclrError(f"views.rotation_deg is {self.rotation_deg}; choose 0 to 180, or null")
-        if not 0 <= self.strength <= 2:
-            raise MedclrError(f"views.strength is {self.strength}; choose 0 (no intensity jitter) to 2")
-        for name in ("noise", "blur", "cutout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise MedclrError(f"views.{name} is {getattr(self, name)}; a probability lies between 0 and 1")
-
-
 def chain_for(modality: Modality, config: ViewsConfig) -> Chain:
-    """The augmentations of one modality: geometry on physical values, scaling to [0,1], intensity, blur, noise, cut-out.
+    """One modality's augmentations: geometry on physical values, scaling to [0,1], intensity, blur, noise, cut-out.
 
     A new modality without a case of its own gets gamma, contrast and Gaussian noise.
     """
@@ -139,18 +97,37 @@ class Views:
     """For view a and for view b: one entry a modality of the batch."""
 
 
-def _draw(transform: BatchTransform, n: int, *key: int, name: str) -> Params:
-    """Parameters of ``n`` images, a function of the key and the names alone."""
-    # Keyed by name, so that a transform added to a chain leaves the draws of the others as they were.
-    sequence = np.random.SeedSequence([*key, zlib.crc32(f"{name}.{type(transform).__name__}".encode())])
-    return transform.draw(n, np.random.RandomState(np.random.MT19937(sequence)))
+def _draw(batch: "Batch", config: ViewsConfig, here: Tensor, n: int, key: tuple[int, int, int]) -> tuple[Drawn, ...]:
+    """Draw one view for the global batch of ``n``, and keep the rows ``here`` [B], which are those of ``batch``."""
+    modality = batch.modality.cpu()  # [B]
+    drawn = []
+    for index in modality.unique().tolist():
+        row = MODALITIES[batch.modalities[index]]
+        mine = (modality == index).nonzero()[:, 0]  # [m]
+        chain = chain_for(row, config)
+        params = []
+        for transform in chain:
+            # Keyed by name, so that a transform added to a chain leaves the draws of the others as they were.
+            name = zlib.crc32(f"{row.name}.{type(transform).__name__}".encode())
+            state = np.random.RandomState(np.random.PCG64(np.random.SeedSequence([*key, name])))
+            facts = {fact: getattr(batch, fact).cpu()[mine] for fact in transform.facts}  # [m] each
+            params.append(select(transform.draw(n, state), here[mine]) | facts)
+        drawn.append(Drawn(mine, chain, tuple(params)))
+    return tuple(drawn)
 
 
-def replay(images: Tensor, drawn: Drawn) -> Tensor:
-    """Apply recorded parameters to the images [m,1,H,W] of ``drawn.rows``: [m,1,s,s]."""
-    for position, (transform, params) in enumerate(zip(drawn.chain, drawn.params, strict=True)):
-        images = transform.apply(images, params, inplace=position > 0)  # the first step makes new images
-    return images
+def replay(images: Tensor, drawn: tuple[Drawn, ...]) -> Tensor:
+    """One view of images [B,1,H,W] in physical units by recorded parameters: [B,1,s,s] in [0,1]."""
+    views = []
+    for part in drawn:
+        view = images if len(drawn) == 1 else images.index_select(0, part.rows.to(images.device))  # [m,1,H,W]
+        for position, (transform, params) in enumerate(zip(part.chain, part.params, strict=True)):
+            view = transform.apply(view, params, inplace=position > 0)  # the first step makes new images
+        views.append(view)
+    if len(views) == 1:
+        return views[0]
+    order = torch.cat([part.rows for part in drawn]).argsort().to(images.device)  # [B]
+    return torch.cat(views).index_select(0, order)
 
 
 def two_views(
@@ -161,6 +138,7 @@ def two_views(
     step: int,
     rows: slice = slice(None),
     global_batch: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Views:
     """Two random views of every image, a function of (seed, step, row of the global batch) and of nothing else.
 
@@ -171,6 +149,8 @@ def two_views(
         step: of the run; every step has new views.
         rows: which rows of the global batch ``batch`` holds.
         global_batch: images in the global batch; None: ``batch`` is all of it.
+        device: where the views are made; None: where the images are. With the batch on the CPU and a GPU here, only
+            the pixels travel, and the GPU is never waited for.
 
     Raises:
         ValueError: ``rows`` does not have the batch's length.
@@ -178,33 +158,11 @@ def two_views(
     n = len(batch.images) if global_batch is None else global_batch
     here = torch.arange(n)[rows]  # [B], rows of the global batch
     if len(here) != len(batch.images):
-        raise ValueError(f"{rows} of a global batch of {n} is {len(here)} rows, but the batch holds {len(batch.images)}")
-    modality = batch.modality.cpu()
-    facts = {name: getattr(batch, name).cpu() for name in ("low", "high", "air")}  # [B] each
-    views, drawn = [], []
-    with torch.autocast(batch.images.device.type, enabled=False):  # physical values need float32
-        images = batch.images.float()
-        for view in (0, 1):
-            out = images.new_empty(len(images), 1, config.size_px, config.size_px)
-            record = []
-            for index in modality.unique().tolist():
-                row = MODALITIES[batch.modalities[index]]
-                mine = (modality == index).nonzero()[:, 0]  # [m]
-                chain = chain_for(row, config)
-                params = tuple(
-                    select(_draw(transform, n, seed, step, view, name=row.name), here[mine])
-                    | {name: facts[name][mine] for name in transform.facts}
-                    for transform in chain
-                )
-                record.append(Drawn(mine, chain, params))
-                if len(mine) == len(images):
-                    out = replay(images, record[-1])
-                else:
-                    where = mine.to(images.device)
-                    out.index_copy_(0, where, replay(images.index_select(0, where), record[-1]))
-            views.append(out)
-            drawn.append(tuple(record))
-    return Views(views[0], views[1], (drawn[0], drawn[1]))
+        raise ValueError(f"{rows} of {n} images is {len(here)} rows, but the batch holds {len(batch.images)}")
+    images = batch.images.to(device or batch.images.device, torch.float32, non_blocking=True)
+    with torch.autocast(images.device.type, enabled=False):  # physical values need float32
+        a, b = (_draw(batch, config, here, n, (seed, step, view)) for view in (0, 1))
+        return Views(replay(images, a), replay(images, b), (a, b))
 
 
 def describe(views: Views, view: int, i: int) -> str:
