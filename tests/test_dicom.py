@@ -182,11 +182,8 @@ def test_grid_agrees_with_highdicom(tmp_path: Path) -> None:
         k = k[: len(k) - random.randint(2)]  # now and then one is missing, mostly inside
         positions = random.normal(size=3) * 50 + 2.5 * k[:, None] * np.cross(axes[0], axes[1])
         headers = [
-            Header(
-                **values
-                | {"orientation": orientation, "positions": (tuple(p),), "instance": str(i), "path": Path(str(i))}
-            )
-            for i, p in enumerate(positions)
+            replace(template, orientation=orientation, positions=(tuple(at),), instance=str(i), path=Path(str(i)))
+            for i, at in enumerate(positions)
         ]
         spacing, index = highdicom.spatial.get_volume_positions(positions, orientation)
         found, rejects = dicom.find(headers)
@@ -260,9 +257,13 @@ def test_patients_without_id_are_kept_apart_by_their_study(tmp_path: Path) -> No
     assert patients[3] == ""
 
 
-def test_patient_id_is_read_in_its_character_set(tmp_path: Path) -> None:
-    slab(tmp_path, [0], SpecificCharacterSet="ISO_IR 192", PatientID="Jürgen-7")
-    assert find(tmp_path)[0][0].patient == "Jürgen-7"
+@pytest.mark.parametrize(
+    ("charset", "patient"),
+    [("ISO_IR 192", "Jürgen-7"), ("ISO_IR 100", "Jürgen-7"), (["", "ISO 2022 IR 87"], "山田-7")],
+)
+def test_patient_id_is_read_in_its_character_set(tmp_path: Path, charset: str | list[str], patient: str) -> None:
+    slab(tmp_path, [0], SpecificCharacterSet=charset, PatientID=patient)
+    assert find(tmp_path)[0][0].patient == patient
 
 
 def test_a_second_copy_is_refused_and_a_reused_uid_is_not_a_copy(tmp_path: Path) -> None:
@@ -286,7 +287,8 @@ def test_body_part_is_a_defined_term_or_nothing(tmp_path: Path) -> None:
 
 def test_radiographs_of_one_series_stay_single(tmp_path: Path) -> None:
     for i in range(3):
-        write(tmp_path / str(i), np.zeros((4, 5), np.uint16), **XRAY)
+        write(tmp_path / str(i), np.zeros((4, 5), np.uint16), **XRAY | {"ImagePositionPatient": [0, 0, 3 * i],
+              "ImageOrientationPatient": list(AXIAL)})  # fmt: skip
     found, rejects = find(tmp_path)
     assert not rejects
     assert [(scan.shape, scan.modality, scan.plane) for scan in found] == [((1, 4, 5), "XR", "")] * 3
@@ -314,6 +316,7 @@ def test_files_that_are_no_scan_are_refused_with_the_reason(tmp_path: Path) -> N
     write(tmp_path / "not_hu", pixels, **CT | {"RescaleType": "Z_EFF"})
     write(tmp_path / "nowhere", pixels, **CT | NOWHERE)
     write(tmp_path / "zoom", pixels, PixelSpacing=[0.0, 0.0])
+    write(tmp_path / "mosaic", pixels, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
     whole = write(tmp_path / "cut", pixels)
     whole.write_bytes(whole.read_bytes()[:-7])
     (tmp_path / "empty").write_bytes(b"")
@@ -331,6 +334,7 @@ def test_files_that_are_no_scan_are_refused_with_the_reason(tmp_path: Path) -> N
         "not_hu": "not Hounsfield",
         "nowhere": "cannot be put in space",
         "zoom": "Pixel Spacing",
+        "mosaic": "Siemens mosaic without the private header",
         "cut": "cut short: 33 of 40 bytes",
         "empty": "no image",
     }.items():

@@ -25,6 +25,9 @@ Vector = tuple[float, float, float]
 
 _MODALITY_OF = {code: row.name for row in MODALITIES.values() for code in row.dicom}
 
+# One exposure or one sweep a file: never stacked into a volume, whatever positions they record.
+_PROJECTIONS = {"XR", "US"}
+
 # Without a place in space the slices of these cannot be put in order.
 _VOLUMES = {"CT", "MR", "PT"}
 
@@ -202,7 +205,7 @@ def header_of(path: Path, dataset: Dataset) -> Header:
         if "MOSAIC" in image_type.split("\\") and spacing:
             frames, tiles, positions = _mosaic(dataset, rows, columns, orientation, positions, spacing)
             rows, columns = rows // tiles, columns // tiles
-    if not orientation or not positions:
+    if not orientation or not positions or (modality in _PROJECTIONS and frames == 1):
         orientation, positions = (), ()
 
     samples = _integer(dataset, "SamplesPerPixel") or 1
@@ -236,7 +239,7 @@ def header_of(path: Path, dataset: Dataset) -> Header:
         orientation=orientation,
         positions=positions,
         pixel_spacing_mm=spacing,
-        thickness_mm=thickness or 1.0,
+        thickness_mm=thickness if thickness > 0 else 1.0,
     )
 
 
@@ -254,7 +257,9 @@ def _text(dataset: Dataset, name: str) -> str:
 
 def _patient(dataset: Dataset) -> str:
     text = _text(dataset, "PatientID")
-    return text if text.isascii() else str(dataset.PatientID).strip()  # the slow road knows the character set
+    if text.isascii() and "\x1b" not in text:
+        return text
+    return str(dataset.PatientID).strip()  # the slow road knows the character set, and its escapes
 
 
 def _integer(dataset: Dataset, name: str) -> int:
@@ -331,14 +336,14 @@ def _mosaic(
     ImagePositionPatient is that of an image as large as the mosaic around the slice's centre; which way the tiles
     follow each other only the CSA header tells (https://nipy.org/nibabel/dicom/dicom_mosaic.html).
     """
-    from nibabel.nicom.csareader import CSAError, read
+    from nibabel.nicom.csareader import read
 
     apart = _numbers(dataset, "SpacingBetweenSlices", 1)
     try:
         tags = read(_raw(dataset, _CSA_IMAGE_HEADER))["tags"]
         frames = int(tags["NumberOfImagesInMosaic"]["items"][0])
         normal = np.array(tags["SliceNormalVector"]["items"], dtype=float)
-    except (CSAError, KeyError, IndexError, ValueError, TypeError):
+    except Exception:  # nibabel has no error of its own for what an anonymiser leaves of it
         frames, normal = 0, np.zeros(0)
     tiles = int(np.ceil(np.sqrt(frames)))
     if not (frames and normal.shape == (3,) and apart and positions and orientation) or rows % tiles or columns % tiles:

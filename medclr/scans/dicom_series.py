@@ -18,9 +18,6 @@ from medclr.errors import ScanError
 from medclr.scans.dicom_header import TELLING, Header, Vector
 from medclr.scans.scan import Found
 
-# One exposure or one sweep a file: never stacked into a volume, whatever positions they record.
-_PROJECTIONS = {"XR", "US"}
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -124,7 +121,7 @@ def find(headers: Iterable[Header]) -> tuple[list[Found], list[tuple[Path, str]]
         copy = seen.setdefault((header.patient, header.instance, header.positions), header)
         if header.instance and copy is not header:
             rejects.append((header.path, f"is a copy of {copy.path.name} (same SOP Instance UID and position)"))
-        elif header.frames == 1 and header.positions and header.modality not in _PROJECTIONS:
+        elif header.frames == 1 and header.positions:
             series = header.series or str(header.path.parent)
             stacks[(header.patient, header.study, series, header.modality, header.rows, header.columns, header.samples,
                     header.pixel_spacing_mm, header.image_type, header.echo)].append(header)  # fmt: skip
