@@ -6,15 +6,17 @@ RUN/encoder/encoder.safetensors          the encoder's tensors
 RUN/encoder/encoder.json                 architecture, input size, origin, and the checksum of the tensors; written last
 """
 
+import hashlib
+import io
 import json
 import logging
 import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medclr import files
@@ -35,9 +37,9 @@ def save(run_dir: Path, step: int, state: dict[str, Any]) -> Path:
     ``state`` holds tensors, numbers, strings, and lists and dicts of these; only such can be loaded.
     """
     path = run_dir / "checkpoints" / f"step-{step:07d}.pt"
-    with files.writing(path) as temporary:
-        torch.save(state, temporary)
-        checksum = files.sha256(temporary)
+    content = io.BytesIO()
+    torch.save(state, content)
+    checksum = _write(path, content.getbuffer())
     files.write_text(_checksum_path(path), f"{checksum}  {path.name}\n")
     for old in _checkpoints(run_dir)[:-KEEP]:
         _checksum_path(old).unlink(missing_ok=True)
@@ -76,6 +78,13 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Write bytes atomically; their SHA-256. From memory, because torch and safetensors hide that a disk is full."""
+    with files.writing(path) as temporary:
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
 def _checkpoints(run_dir: Path) -> list[Path]:
     """Oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.removeprefix("step-")))
@@ -110,9 +119,7 @@ def export_encoder(folder: Path, encoder: Describable, meta: dict[str, Any]) -> 
     """Write the encoder's tensors and encoder.json: its ``description``, and ``meta``, plain facts of its origin."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     path = folder / "encoder.safetensors"
-    with files.writing(path) as temporary:
-        save_file(tensors, temporary)
-        checksum = files.sha256(temporary)
+    checksum = _write(path, safetensors.torch.save(tensors))
     facts = {
         "format_version": FORMAT_VERSION,
         **encoder.description(),
@@ -154,6 +161,6 @@ def read_encoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if files.sha256(path) != checksum:
             raise MedclrError(f"{path}: does not match its checksum in encoder.json; export the encoder again")
-        return load_file(path), facts
+        return safetensors.torch.load_file(path), facts
     except (FileNotFoundError, SafetensorError) as error:
         raise MedclrError(f"{path}: cannot be read ({error}); export the encoder again") from error

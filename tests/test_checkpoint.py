@@ -85,15 +85,31 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
 def test_interrupted_writing_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, 1)
 
-    def killed(state: object, path: Path) -> None:
-        path.write_bytes(b"half of a checkp")
+    def killed(path: Path, content: bytes) -> None:
+        path.write_text("half of a checkp")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", killed)
+    monkeypatch.setattr(Path, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 2, state(2))
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-0000001.pt"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_full_disk_is_said_and_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 1)
+
+    def full(path: Path, content: bytes) -> None:
+        with Path("/dev/full").open("wb") as file:
+            file.write(content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(MedclrError, match=r"step-0000002.pt: the disk is full"):
+        checkpoint.save(tmp_path, 2, state(2))
+    with pytest.raises(MedclrError, match=r"encoder.safetensors: the disk is full"):
+        exported(tmp_path)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-0000001.pt"
 
 
 def test_missing_file_and_foreign_content(tmp_path: Path) -> None:
