@@ -267,7 +267,7 @@ class RandomBiasField(BatchTransform):
         return bias_field(images, params["coefficients"])
 
     def describe(self, params: Params, i: int) -> str:
-        """Root mean square of the coefficients."""
+        """Root of the summed squares of the coefficients."""
         return f"bias {float(params['coefficients'][i].square().sum().sqrt()):.2f}"
 
 
