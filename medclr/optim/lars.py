@@ -79,25 +79,20 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [w for w in group["params"] if w.grad is not None]
-            if not weights:
-                continue
-            for w in weights:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
                 if not self.state[w]:
                     self.state[w]["momentum"] = torch.zeros_like(w)
-            buffers = [self.state[w]["momentum"] for w in weights]
-            grads = [w.grad for w in weights]
-            if group["weight_decay"]:
-                grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
-            if group["adapt"]:
-                w_norm = torch.stack(torch._foreach_norm(weights))  # [tensors]
-                g_norm = torch.stack(torch._foreach_norm(grads))  # [tensors]
-                trust = group["trust_coefficient"] * w_norm / g_norm  # [tensors]
-                trust = torch.where((w_norm > 0) & (g_norm > 0), trust, 1.0)
-                grads = list(torch._foreach_mul(grads, trust.unbind()))
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, grads, alpha=group["lr"])
-            torch._foreach_sub_(weights, buffers)
+                v = self.state[w]["momentum"]
+                g = w.grad.add(w, alpha=group["weight_decay"]) if group["weight_decay"] else w.grad
+                trust = torch.ones((), dtype=w.dtype, device=w.device)
+                if group["adapt"]:
+                    w_norm, g_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+                    adapted = group["trust_coefficient"] * w_norm / g_norm
+                    trust = torch.where((w_norm > 0) & (g_norm > 0), adapted, trust)  # a tensor: no wait for the device
+                v.mul_(group["momentum"]).addcmul_(g, trust, value=group["lr"])
+                w.sub_(v)
         return loss
 
 
