@@ -159,6 +159,8 @@ def index(
     key = Pseudonyms(load_key(Path(key_file) if key_file else default_key_file()))
     old = _earlier(out, folders, key) if out.exists() else None
 
+    if masks and Path(masks).resolve() in {Path(folder).resolve() for folder in folders}:
+        raise MedclrError(f"--masks {masks}: is the folder that is indexed; put the masks into one of their own")
     tables = (out, files_path(out), rejected_path(out))
     skip = _identities([*tables, labels, masks, *(mask.root / mask.path for mask in mask_files)])
     found_files, rejected = _walk_all(folders, skip)
@@ -280,7 +282,7 @@ def _walk_all(folders: Sequence[str], skip: set[tuple[int, int]]) -> tuple[list[
 
 def _walk(root: str, skip: set[tuple[int, int]], rejected: list[Rejected]) -> Iterator[File]:
     """All files under a root, links followed; a folder that is reached twice is entered once."""
-    seen = set(skip)
+    seen = skip | _identities([Path(root)])
     pending = [""]
     while pending:
         folder = pending.pop()

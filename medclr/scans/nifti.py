@@ -8,6 +8,7 @@ Shape letters: D slices, H rows, W columns.
 """
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import axcodes2ornt, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -46,8 +48,14 @@ class Header:
     """[4,4], array index -> RAS+ millimetres."""
     oriented: bool
     """Whether the file records an orientation (qform or sform code above 0)."""
+    dtype: np.dtype[Any]
+    offset: int
+    """Where the voxels begin in the uncompressed file."""
     n_bytes: int
     """Length of the uncompressed file up to its last voxel."""
+    slope: float
+    intercept: float
+    """Physical value = slope * stored + intercept (scl_slope, scl_inter)."""
     compressed: bool
     modality: str | None
     """From a BIDS suffix such as ``_T1w``."""
@@ -112,9 +120,12 @@ def read_header(path: Path, data: bytes | None = None) -> Header:
         raise ScanError("is one half of a NIfTI pair (.hdr and .img); save it as a single .nii.gz")
     header_type = nib.Nifti2Header if magic == "n2" else nib.Nifti1Header
     try:
-        header = header_type(start[: header_type.sizeof_hdr])  # extensions are of no interest
+        with LoggingOutputSuppressor():  # nibabel prints what it mends, without the name of the file
+            header = header_type(start[: header_type.sizeof_hdr])  # extensions are of no interest
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
-        unit, offset = header.get_xyzt_units()[0], int(header["vox_offset"])
+        unit = header.get_xyzt_units()[0]
+        offset = header.get_data_offset() or header_type.single_vox_offset  # 0: right behind the header
+        slope, intercept = header.get_slope_inter()
     except (HeaderDataError, WrapStructError, ValueError, KeyError, OverflowError) as error:
         raise ScanError(f"its header is damaged ({error})") from error
 
@@ -124,17 +135,30 @@ def read_header(path: Path, data: bytes | None = None) -> Header:
         raise ScanError(f"has shape {shape}, which is not a volume")
     if any(n > 1 for n in shape[3:]):
         raise ScanError(f"has shape {shape}, a series in time or channels; save each volume to a file of its own")
-    n_bytes = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    n_bytes = offset + math.prod(shape) * dtype.itemsize
     if n_bytes > path.stat().st_size * (_MOST_COMPRESSED if compressed else 1):
         raise ScanError(f"is too short for the {n_bytes:,} bytes that its header promises; copy it again")
     affine = np.asarray(affine, dtype=np.float64)
     affine[:3] *= _TO_MM[unit]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not spacing_mm.all() or abs(np.linalg.det(affine[:3, :3] / spacing_mm)) < 1e-3:
         raise ScanError("its affine is not finite or has no inverse; the orientation of its voxels is lost")
 
     volume_shape = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
     oriented = bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-    return Header(path, volume_shape, affine, oriented, n_bytes, compressed, bids.modality(path.name))
+    return Header(
+        path=path,
+        shape=volume_shape,
+        affine=affine,
+        oriented=oriented,
+        dtype=dtype,
+        offset=offset,
+        n_bytes=n_bytes,
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        compressed=compressed,
+        modality=bids.modality(path.name),
+    )
 
 
 def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]]:
@@ -264,10 +288,13 @@ def _voxels(header: Header) -> NDArray[np.float32]:
         raise ScanError("its compressed data are damaged or end early; copy it again") from error
     if len(data) < header.n_bytes:
         raise ScanError("ends before its last voxel; copy it again")
-    image_type = nib.Nifti2Image if _magic(data[:352]) == "n2" else nib.Nifti1Image
+    stored = np.frombuffer(data, header.dtype, math.prod(header.shape), header.offset)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is counted as such
-        voxels = image_type.from_bytes(data).get_fdata(dtype=np.float32, caching="unchanged")
-    return np.asarray(voxels, dtype=np.float32).reshape(header.shape)
+        if (header.slope, header.intercept) == (1, 0):
+            voxels = stored.astype(np.float32)
+        else:
+            voxels = (stored * header.slope + header.intercept).astype(np.float32)  # in float64 before
+    return voxels.reshape(header.shape, order="F")
 
 
 def _spacing_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -1,0 +1,169 @@
+"""The manifest tables, and everything that goes by patient."""
+
+import csv
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medclr import files
+from medclr.data.manifest import (
+    FileRow,
+    Rejected,
+    ScanRow,
+    files_path,
+    label_budgets,
+    parse_split,
+    patient_labels,
+    read_manifest,
+    read_rejected,
+    refuse_overlap,
+    split_of,
+    write_manifest,
+)
+from medclr.errors import MedclrError
+
+
+def scan(scan_id: str, patient_id: str = "p-1", **changes: Any) -> ScanRow:
+    row = ScanRow(scan_id, patient_id, "", "MR", "brain", "axial", f"{scan_id}.nii", 3, 4, 5, 2.5, 0.9765625, 1.0, "ab")
+    return replace(row, **changes)
+
+
+def image_of(row: ScanRow, name: str = "a.nii") -> FileRow:
+    return FileRow(row.scan_id, "image", "/scans", name, 10, 1_700_000_000_000_000_001, "", "")
+
+
+def write(folder: Path, *rows: ScanRow) -> Path:
+    return write_manifest(folder / "m.csv", rows, map(image_of, rows), []).path
+
+
+def rewrite(path: Path, change: Callable[[list[list[str]]], object]) -> None:
+    with path.open(newline="") as file:
+        table = list(csv.reader(file))
+    change(table)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+
+
+def test_tables_come_back_as_they_were_written(tmp_path: Path) -> None:
+    b = scan("s-b", "p-2", label='says "no", then\nyes', mask_path="m, 1.nii")
+    a = scan("s-a", "p-1", spacing_z_mm=None, spacing_y_mm=None, spacing_x_mm=None, split="train")
+    slices = [image_of(b, f"{name}.dcm") for name in "cab"]  # geometric order, not that of the names
+    mask = FileRow("s-b", "mask", "/masks", "m, 1.nii", 1, 2, "", "")
+    rejected = [Rejected("/scans/z", "is empty"), Rejected("/scans/y", "is, too")]
+    written = write_manifest(tmp_path / "m.csv", [b, a], [mask, *slices, image_of(a)], rejected)
+
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert manifest == written
+    assert manifest.rows == [a, b]
+    assert [path.name for path in manifest.files["s-b"].image] == ["c.dcm", "a.dcm", "b.dcm"]
+    assert manifest.files["s-b"].mask == Path("/masks/m, 1.nii")
+    assert manifest.files["s-a"].mask is None
+    assert manifest.sha256 == files.sha256(tmp_path / "m.csv")
+    assert read_rejected(tmp_path / "m.csv") == sorted(rejected, key=lambda r: r.path)
+
+
+def test_the_order_of_writing_does_not_matter(tmp_path: Path) -> None:
+    rows = [scan(f"s-{i}", f"p-{i % 3}") for i in range(6)]
+    first = write(tmp_path / "1", *rows).read_bytes()
+    assert first == write(tmp_path / "2", *reversed(rows)).read_bytes()
+
+
+def test_a_spreadsheet_may_reorder_columns_and_add_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, scan("s-a"))
+    rewrite(path, lambda table: [row.reverse() for row in table])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_manifest(path).rows == [scan("s-a")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [row.pop(1) for row in t], "column patient_id is missing"),
+        (lambda t: [row.append("name") for row in t], "column 'name' is unknown"),
+        (lambda t: t[1].pop(), "line 2: 16 cells where 17"),
+        (lambda t: t[1].__setitem__(7, "many"), "line 2: invalid literal for int"),
+        (lambda t: t[1].__setitem__(3, "XX"), "modality 'XX'"),
+        (lambda t: t[1].__setitem__(7, "0"), "no slices"),
+        (lambda t: t[1].__setitem__(1, ""), "no scan_id or patient_id"),
+        (lambda t: t.append(t[1]), "s-a stands twice"),
+        (lambda t: t.append(["s-b", *t[1][1:16], "test"]), "p-1 stands in two splits, '' and 'test'"),
+        (lambda t: t.append(["s-b", *t[1][1:]]), "no file for scan s-b"),
+        (lambda t: t.pop(), "s-a is not in m.csv"),
+        (lambda t: t.clear(), "column scan_id, patient_id"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: Callable[[list[list[str]]], object], message: str) -> None:
+    path = write(tmp_path, scan("s-a"))
+    rewrite(path, change)
+    with pytest.raises(MedclrError, match=message):
+        read_manifest(path)
+
+
+def test_missing_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MedclrError, match=r"m\.csv: no such file"):
+        read_manifest(tmp_path / "m.csv")
+    path = write(tmp_path, scan("s-a"))
+    files_path(path).unlink()
+    with pytest.raises(MedclrError, match=r"m\.files\.csv: no such file"):
+        read_manifest(path)
+
+
+def test_contradicting_rows_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(MedclrError, match="two splits"):
+        write(tmp_path, scan("s-a", split="train"), scan("s-b", split="test"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_split_follows_the_fractions_and_never_moves_a_patient() -> None:
+    fractions = {"train": 0.7, "test": 0.3}
+    patients = [f"p-{i}" for i in range(4000)]
+    counts = Counter(split_of(p, fractions) for p in patients)
+    assert abs(counts["train"] / 4000 - 0.7) < 0.03  # 4 standard deviations
+    # SHA-256("\\0p-0") begins with b6, and 0xb6/256 = 0.71: written down, so that no later version splits otherwise.
+    assert [split_of(f"p-{i}", fractions) for i in range(3)] == ["test", "train", "train"]
+    other = Counter((split_of(p, fractions), split_of(p, fractions, "again")) for p in patients)
+    assert abs(other["test", "test"] / 4000 - 0.09) < 0.02  # independent: 0.3 * 0.3
+    assert {split_of(p, {"all": 1.0}) for p in patients} == {"all"}
+    assert {split_of(p, {"none": 0.0, "all": 1.0}) for p in patients} == {"all"}
+
+
+def test_parse_split() -> None:
+    assert parse_split("train=0.7, test=0.3") == {"train": 0.7, "test": 0.3}
+    for wrong in ("train", "train=0.7,test=0.4", "train=a", "=1", "a=1.5,b=-0.5", ""):
+        with pytest.raises(MedclrError, match="split"):
+            parse_split(wrong)
+
+
+def test_label_budgets_are_nested_stratified_and_seeded() -> None:
+    labels = {f"p{i:03d}": "abc"[(i % 10 > 5) + (i % 10 > 8)] for i in range(200)}  # 60 % a, 30 % b, 10 % c
+    budgets = label_budgets(labels, [3, 5, 10, 50, 0.5, 1.0], seed=1)
+    subsets = [set(budget) for budget in budgets.values()]
+    assert [len(s) for s in subsets] == [3, 5, 10, 50, 100, 200]
+    assert all(a < b for a, b in itertools.pairwise(subsets))
+    assert Counter(labels[p] for p in budgets[3]) == {"a": 1, "b": 1, "c": 1}
+    assert Counter(labels[p] for p in budgets[10]) == {"a": 6, "b": 3, "c": 1}
+    assert Counter(labels[p] for p in budgets[0.5]) == {"a": 60, "b": 30, "c": 10}
+    assert label_budgets(dict(reversed(labels.items())), [10], seed=1)[10] == budgets[10]
+    assert label_budgets(labels, [10], seed=2)[10] != budgets[10]
+
+
+@pytest.mark.parametrize(("budget", "message"), [(7, "only 6"), (1, "fewer patients than the 2"), (1.5, r"\(0, 1\]")])
+def test_impossible_budgets(budget: float, message: str) -> None:
+    with pytest.raises(MedclrError, match=message):
+        label_budgets({f"p{i}": "ab"[i % 2] for i in range(6)}, [budget], seed=0)
+
+
+def test_patient_labels_takes_the_commonest() -> None:
+    pairs = [("p", "b"), ("p", "a"), ("p", "b"), ("q", "b"), ("q", "a"), ("r", "")]
+    assert patient_labels(pairs) == {"p": "b", "q": "a"}
+
+
+def test_refuse_overlap() -> None:
+    refuse_overlap(["a", "b"], ["c"], "train and test")
+    with pytest.raises(MedclrError, match="2 patients are in both train and test, the first is b"):
+        refuse_overlap(["c", "b", "a"], ["b", "c"], "train and test")
