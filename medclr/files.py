@@ -14,19 +14,23 @@ from medclr.errors import MedclrError
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it is flushed to disk and renamed, on failure removed.
+
+    Args:
+        path: the file to write.
+        flushed: False leaves the flushing to the caller, who writes many files and calls ``flush`` at the end.
 
     Raises:
         MedclrError: the disk is full, or the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _mendable(path):
+        with mendable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            if flushed:
+                flush(temporary)
             temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
@@ -44,7 +48,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
         raise MedclrError(f"{path} exists already and is left as it is; remove it or choose another --out")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _mendable(path):
+        with mendable(path):
             temporary.mkdir(parents=True)
             yield temporary
             temporary.replace(path)
@@ -53,7 +57,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _mendable(path: Path) -> Iterator[None]:
+def mendable(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals that a user can do something about into one sentence."""
     try:
         yield
@@ -63,6 +67,12 @@ def _mendable(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise MedclrError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

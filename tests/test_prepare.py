@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,13 @@ def squares_of(scan: Scan, size_px: int) -> NDArray[np.float64]:
     """[D,S,S], physical values after storing."""
     e = encoding_of(scan, size_px)
     return np.stack([e.offset + e.scale * square.astype(float) for square in encode(scan.voxels, e, size_px)])
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    """One scan each."""
+    monkeypatch.setattr(preparing, "SHARDS", 1000)
+    monkeypatch.setattr(preparing, "SHARD_SLICES", 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -151,9 +159,9 @@ def test_nearly_empty_scans_still_have_a_range_and_empty_ones_are_refused():
 # The store as a whole
 
 
-def test_bytes_do_not_depend_on_workers_or_interruption(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("small_shards")
+def test_bytes_do_not_depend_on_interruption(tmp_path, monkeypatch):
     manifest = mixed_cohort(tmp_path)
-    monkeypatch.setattr(preparing, "SHARD_SLICES", 1)
     shards = plan(read_manifest(manifest), 32)
     assert len(shards) == 10
     prepare(manifest, tmp_path / "plain", size_px=32)
@@ -184,21 +192,53 @@ def test_bytes_do_not_depend_on_workers_or_interruption(tmp_path, monkeypatch):
     assert verify(tmp_path / "plain").endswith("is whole: 55 slices of 10 scans in 15 files")
 
 
-def test_workers_write_the_same_bytes(tmp_path):
+@pytest.mark.usefixtures("small_shards")
+def test_only_what_is_whole_is_taken_over(tmp_path, monkeypatch):
+    """After a power failure a file may hold anything, and the last line of the journal may be cut short."""
     manifest = mixed_cohort(tmp_path)
+    prepare(manifest, tmp_path / "plain", size_px=32)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_finish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(manifest, out, size_px=32)
+    (out / "slices-00002.npy").write_bytes(bytes((out / "slices-00002.npy").stat().st_size))
+    (out / "masks-00004.npy").unlink()
+    journal = out / "unfinished.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    decoded: list[str] = []
+    decode = preparing.decode
+    monkeypatch.setattr(preparing, "decode", lambda row, source: (decoded.append(row.path), decode(row, source))[1])
+    prepare(manifest, out, size_px=32)
+    assert decoded == ["mr0.nii.gz", "mr1.nii.gz", "xr3.png"]
+    assert contents(out) == contents(tmp_path / "plain")
+
+
+def test_workers_write_the_same_bytes(tmp_path, monkeypatch):
+    manifest = mixed_cohort(tmp_path)
+    monkeypatch.setattr(preparing, "SHARD_SLICES", 8)
     prepare(manifest, tmp_path / "one", size_px=32)
     prepare(manifest, tmp_path / "two", size_px=32, workers=2)
+    assert len(Store(tmp_path / "two").info.shard_slices) == 7
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_shards_are_several_yet_bounded(tmp_path):
+@pytest.mark.parametrize(
+    ("size_px", "n_shards", "largest"),
+    [(224, 10, 60), (2048, 20, 30)],  # 2048 px: 8 MiB a slice, so no two scans share a shard
+)
+def test_shards_are_several_yet_bounded(tmp_path, size_px, n_shards, largest):
     table = read_manifest(mixed_cohort(tmp_path))
-    sizes = [shard.n_slices for shard in plan(table, 32)]
-    assert len(sizes) > 1
-    assert sum(sizes) == sum(row.n_slices for row in table.rows)
-    many = [scan for shard in plan(table, 4096) for scan in shard.scans]  # 32 MB a slice
-    assert [row for row, _ in many] == table.rows
-    assert all(shard.n_slices <= 8 or len(shard.scans) == 1 for shard in plan(table, 4096))
+    rows = [replace(table.rows[0], scan_id=f"s{i}", n_slices=30) for i in range(20)]
+    file_rows = [replace(table.file_rows[0], scan_id=f"s{i}") for i in range(20)]
+    shards = plan(replace(table, rows=rows, file_rows=file_rows), size_px)
+    assert [row for shard in shards for row, _ in shard.scans] == rows
+    assert len(shards) == n_shards
+    assert max(shard.n_slices for shard in shards) == largest
 
 
 def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):
@@ -224,7 +264,9 @@ def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):
 def test_no_usable_scan_leaves_nothing(tmp_path):
     path = save_nifti(tmp_path / "flat.nii.gz", np.ones((3, 4, 5)))
     manifest = save_manifest(tmp_path / "m.csv", [{"path": path, "modality": "MR"}])
-    with pytest.raises(MedclrError, match=r"none of its scans can be decoded .*flat\.nii\.gz: every voxel is 1"):
+    with pytest.raises(
+        MedclrError, match=r"none of its 1 scans can be decoded; the first, flat\.nii\.gz: every voxel is 1"
+    ):
         prepare(manifest, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
@@ -317,7 +359,7 @@ def tampered(row, source):
         {action}
     return decode(row, source)
 preparing.decode = tampered  # in the workers too: they run this file when they start
-preparing.SHARD_SLICES = 1
+preparing.SHARDS, preparing.SHARD_SLICES = 1000, 1
 
 if __name__ == "__main__":
     try:
@@ -359,9 +401,9 @@ def test_a_killed_worker_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])
-def test_interrupted_workers_leave_and_the_next_run_goes_on(tmp_path, monkeypatch, how):
+@pytest.mark.usefixtures("small_shards")
+def test_interrupted_workers_leave_and_the_next_run_goes_on(tmp_path, how):
     manifest = mixed_cohort(tmp_path)
-    monkeypatch.setattr(preparing, "SHARD_SLICES", 1)
     prepare(manifest, tmp_path / "plain", size_px=32)
     out = tmp_path / "store"
     waiting = tmp_path / "waiting"
@@ -377,7 +419,6 @@ def test_interrupted_workers_leave_and_the_next_run_goes_on(tmp_path, monkeypatc
         assert said.strip() == "KeyboardInterrupt:"
         assert not list(out.glob(".*"))
     wait_for(lambda: group_is_gone(process.pid))
-    assert list((out / "parts").iterdir())
-    process = start(tmp_path, "pass", manifest, out)
-    assert process.communicate(timeout=60) == (None, "")
+    assert len((out / "unfinished.jsonl").read_text().splitlines()) > 1, "some shards are done"
+    prepare(manifest, out, size_px=32)
     assert contents(out) == contents(tmp_path / "plain")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cohort import mixed_cohort
 
+from medclr.data import prepare as preparing
 from medclr.data import store as stores
 from medclr.data.prepare import prepare
 from medclr.data.store import TABLE, Store, StoredScan, to_source_grid, verify
@@ -21,7 +22,9 @@ from medclr.scans.nifti import read_mask
 def made(tmp_path_factory) -> Path:
     """A folder with the manifest of ``mixed_cohort`` and its store."""
     folder = tmp_path_factory.mktemp("made")
-    prepare(mixed_cohort(folder), folder / "store", size_px=48)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "SHARD_SLICES", 16)  # several shards
+        prepare(mixed_cohort(folder), folder / "store", size_px=48)
     return folder
 
 

@@ -1,9 +1,9 @@
 """Manifest -> slice store: each scan is decoded a single time.
 
-The manifest's scans, in order, are cut into shards; a shard is the unit of work. A worker decodes its scans, writes the
-shard and then ``parts/part-NNNNN.json``, which says what it found; a file appears under its name only when it is whole.
-So an interrupted run goes on with the shards that have no part. At the end the parts become the tables, and
-``store.json`` comes last. Neither the number of workers nor an interruption changes a byte of the store.
+The manifest's scans, in order, are cut into shards; a shard is the unit of work. A worker decodes its scans and writes
+the shard; what it found becomes a line of ``unfinished.jsonl``. So an interrupted run goes on with the shards that have
+no line. At the end the lines become the tables, and ``store.json`` comes last. Neither the number of workers nor an
+interruption changes a byte of the store.
 
 Shape letters: D slices, H rows, W columns of a scan; S = size_px; h rows, w columns of the content of the square.
 """
@@ -18,13 +18,13 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +43,14 @@ from medclr.scans.scan import Scan
 SHARD_BYTES = 256 * 2**20
 """A shard's slices take no more, unless a single scan does."""
 
-SHARDS = 64
+SHARDS = 32
 """A small cohort is cut into about as many shards, so that many workers have something to do..."""
 
-SHARD_SLICES = 16
-"""...of at least so many slices each."""
+SHARD_SLICES = 64
+"""...of at least so many slices each, which take a good part of a second: as long as it takes to start a worker."""
 
-PERCENTILE_VOXELS = 2**18
-"""The percentiles of a scan are taken over about so many of its voxels: their rank is then right within 0.05 %."""
+PERCENTILE_VOXELS = 2**15
+"""The percentiles of a scan are taken over about so many of its voxels: their rank is then right within 0.1 %."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker made of a shard: the content of ``parts/part-NNNNN.json``."""
+    """What a worker made of a shard: a line of ``unfinished.jsonl``."""
 
+    shard: int
     scans: list[StoredScan]
     rejected: list[tuple[str, str]]
     """Path and reason."""
@@ -123,22 +124,34 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
         raise MedclrError(f"size_px {size_px} and workers {workers}: both must be at least 1")
     manifest, out = Path(manifest), Path(out)
     table = read_manifest(manifest)
-    if (info := _claim(out, table, size_px)) is not None:
+    claim = {
+        "format_version": stores.FORMAT_VERSION,
+        "medclr_version": medclr.__version__,
+        "manifest_name": manifest.name,
+        "manifest_sha256": table.sha256,
+        "size_px": size_px,
+    }
+    if (info := _finished(out, claim)) is not None:
         return _summary(out, info, was_complete=True)
 
     shards = plan(table, size_px)
-    parts = {shard.number: part for shard in shards if (part := _read_part(out, shard.number)) is not None}
+    parts = _resume(out, claim)
     missing = [shard for shard in shards if shard.number not in parts]
     _check_sources(table, missing)
     _check_space(out, missing, size_px)
-    total, left = (sum(shard.n_slices for shard in some) for some in (shards, missing))
-    with progress("preparing", total, "slices", done=total - left) as advance:
-        _write_shards(missing, out, size_px, workers, advance)
-    for shard in missing:
-        part = _read_part(out, shard.number)
-        assert part is not None
-        parts[shard.number] = part
-    info = _finish(out, table, size_px, [parts[shard.number] for shard in shards])
+    n_slices = [shard.n_slices for shard in shards]
+    done = sum(n_slices[number] for number in parts)
+    with (
+        files.mendable(out / UNFINISHED),
+        (out / UNFINISHED).open("a", encoding="utf-8") as journal,
+        progress("preparing", sum(n_slices), "slices", done) as advance,
+        contextlib.closing(_write_shards(missing, out, size_px, workers)) as written,
+    ):
+        for part in written:
+            print(_part_line(part), file=journal, flush=True)
+            parts[part.shard] = part
+            advance(n_slices[part.shard])
+    info = _finish(out, claim, [parts[shard.number] for shard in shards])
     return _summary(out, info, was_complete=False)
 
 
@@ -247,12 +260,13 @@ def encode_mask(mask: NDArray[np.uint16], encoding: Encoding, size_px: int) -> N
 
 def _percentiles(voxels: NDArray[np.float32]) -> tuple[float, float]:
     """0.5 and 99.5 percentiles, over every k-th voxel, k prime to H*W so that no row or column is preferred."""
-    per_slice = voxels.shape[1] * voxels.shape[2]
-    step = max(voxels.size // PERCENTILE_VOXELS, 1)
-    while math.gcd(step, per_slice) != 1:
+    step = math.ceil(voxels.size / PERCENTILE_VOXELS)
+    while math.gcd(step, voxels[0].size) != 1:
         step += 1
-    low, high = np.percentile(voxels.reshape(-1)[::step], (0.5, 99.5))
-    return float(np.float32(low)), float(np.float32(high))
+    sample = voxels.reshape(-1)[::step]
+    ranks = [round(share * (len(sample) - 1)) for share in (0.005, 0.995)]
+    low, high = np.partition(sample, ranks)[ranks]
+    return float(low), float(high)
 
 
 def _whole(voxels: NDArray[np.float32]) -> bool:
@@ -287,8 +301,8 @@ def decode(row: ScanRow, source: SourceFiles) -> tuple[Scan, NDArray[np.uint16] 
         raise ScanError(f"{type(error).__name__}: {error}") from error
 
 
-def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Decode the scans of a shard and write its slices, its masks, and last its part.
+def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], bool] = lambda: False) -> Part:
+    """Decode the scans of a shard, and write its slices and its masks.
 
     Args:
         shard: what to decode.
@@ -330,7 +344,7 @@ def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], boo
                 raise RuntimeError(f"{source.image[0]}: {error}") from error
             scans.append(_stored_scan(row, scan, encoding, mask is not None, shard.number, n_slices))
             n_slices += len(scan.voxels)
-    _write_part(out, shard.number, Part(scans, rejected, written))
+    return Part(shard.number, scans, rejected, written)
 
 
 class Stopped(Exception):
@@ -380,7 +394,7 @@ def _npy(path: Path, size_px: int, written: dict[str, FileInfo]) -> Iterator[Cal
 
     On success the file is entered into ``written``.
     """
-    with files.writing(path) as temporary:
+    with files.writing(path, flushed=False) as temporary:
         with temporary.open("wb") as file:
             _write_header(file, (0, size_px, size_px))
             start = file.tell()
@@ -400,49 +414,24 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
 
 
-def _part_path(out: Path, shard: int) -> Path:
-    return out / "parts" / f"part-{shard:05d}.json"
-
-
-def _write_part(out: Path, shard: int, part: Part) -> None:
-    scans = [stores.scan_cells(scan) for scan in part.scans]
-    files.write_json(_part_path(out, shard), {**asdict(part), "scans": scans})
-
-
-def _read_part(out: Path, shard: int) -> Part | None:
-    """None if the shard is still to be written."""
-    try:
-        values = json.loads(_part_path(out, shard).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return Part(
-        [stores.parse_scan(cells) for cells in values["scans"]],
-        [(path, reason) for path, reason in values["rejected"]],
-        {name: FileInfo(**written) for name, written in values["files"].items()},
-    )
-
-
 # All shards, side by side
 
 
-def _write_shards(
-    shards: Sequence[Shard], out: Path, size_px: int, workers: int, advance: Callable[[int], None]
-) -> None:
-    """Write the shards; on an error or Ctrl-C, stop all workers, leave nothing half-written, and raise."""
+def _write_shards(shards: Sequence[Shard], out: Path, size_px: int, workers: int) -> Generator[Part]:
+    """Yield each part as its shard is written; on an error or Ctrl-C all workers leave, with nothing half-written."""
     if workers == 1:
         for shard in shards:
-            write_shard(shard, out, size_px)
-            advance(shard.n_slices)
+            yield write_shard(shard, out, size_px)
         return
     # Spawn: a forked child would inherit locks held by the caller's threads (torch, Arrow, the progress bar).
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(min(workers, max(len(shards), 1)), context, _start_worker, (stop,)) as pool:
         try:
-            n_slices = {pool.submit(_work, shard, out, size_px): shard.n_slices for shard in shards}
-            for future in as_completed(n_slices):
-                future.result()
-                advance(n_slices[future])
+            with _deaf_to_ctrl_c():
+                futures = [pool.submit(_work, shard, out, size_px) for shard in shards]
+            for future in as_completed(futures):
+                yield future.result()
         except BrokenProcessPool as error:
             raise MedclrError(
                 "a worker process was killed, most likely because memory ran out; run the same command again with fewer"
@@ -453,13 +442,22 @@ def _write_shards(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in here never see SIGINT: a terminal sends it to all, and the parent tells its workers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _stop: Event
 
 
 def _start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -471,45 +469,78 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _work(shard: Shard, out: Path, size_px: int) -> None:
-    write_shard(shard, out, size_px, _stop.is_set)
+def _work(shard: Shard, out: Path, size_px: int) -> Part:
+    return write_shard(shard, out, size_px, _stop.is_set)
 
 
 # Before and after
 
 
-def _claim(out: Path, manifest: Manifest, size_px: int) -> StoreInfo | None:
-    """Make ``out`` the store of this manifest; its content if it is that already, and complete.
+def _finished(out: Path, claim: dict[str, Any]) -> StoreInfo | None:
+    """What stands in ``out`` if that is already the store that was asked for.
 
     Raises:
-        MedclrError: ``out`` is something else.
+        MedclrError: it is something else.
     """
-    wanted = {
-        "format_version": stores.FORMAT_VERSION,
-        "manifest_name": manifest.path.name,
-        "manifest_sha256": manifest.sha256,
-        "size_px": size_px,
-        "medclr_version": medclr.__version__,
-    }
-    note = out / UNFINISHED
-    info = None
     if (out / "store.json").exists():
         info = Store(out).info
-        found = {**asdict(info), "medclr_version": medclr.__version__}  # what another version finished is finished
-    elif note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
-    elif out.exists() and (not out.is_dir() or any(path.suffix != ".tmp" for path in out.iterdir())):
+        _check_claim(out, {**asdict(info), "medclr_version": claim["medclr_version"]}, claim)  # made by any is made
+        return info
+    is_new = not out.exists() or (out.is_dir() and all(path.suffix == ".tmp" for path in out.iterdir()))
+    if not is_new and not (out / UNFINISHED).exists():
         raise MedclrError(f"{out}: exists and is not a slice store; choose another --out")
-    else:
-        files.write_json(note, wanted)
-        return None
-    if any(found[name] != wanted[name] for name in wanted if name != "manifest_name"):
-        raise MedclrError(
-            f"{out}: holds a store of {found['manifest_name']} (SHA-256 {found['manifest_sha256'][:12]}) at"
-            f" {found['size_px']} px by medclr {found['medclr_version']}, not of {manifest.path}"
-            f" ({manifest.sha256[:12]}) at {size_px} px; choose another --out or delete it"
+    return None
+
+
+def _resume(out: Path, claim: dict[str, Any]) -> dict[int, Part]:
+    """What an interrupted run has left whole, by the number of the shard; ``unfinished.jsonl`` then says just that.
+
+    Raises:
+        MedclrError: it was a run of another manifest, or with other settings.
+    """
+    try:
+        first, *lines = (out / UNFINISHED).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        first, lines = json.dumps(claim), []
+    _check_claim(out, json.loads(first), claim)
+    parts: dict[int, Part] = {}
+    with progress("checking what is there", len(lines), "shards") as advance:
+        for line in lines:
+            with contextlib.suppress(ValueError, FileNotFoundError):  # cut short as the run was killed, or not on disk
+                part = _parse_part(line)
+                if all(files.sha256(out / name) == written.sha256 for name, written in part.files.items()):
+                    parts[part.shard] = part
+            advance(1)
+    files.write_text(out / UNFINISHED, "\n".join([first, *map(_part_line, parts.values()), ""]))
+    return parts
+
+
+def _check_claim(out: Path, found: dict[str, Any], claim: dict[str, Any]) -> None:
+    if any(found[name] != claim[name] for name in claim if name != "manifest_name"):
+        there, here = (
+            f"{some['manifest_name']} (SHA-256 {some['manifest_sha256'][:12]}) at {some['size_px']} px by medclr"
+            f" {some['medclr_version']}"
+            for some in (found, claim)
         )
-    return info
+        raise MedclrError(f"{out}: holds a store of {there}, not of {here}; choose another --out or delete it")
+
+
+def _part_line(part: Part) -> str:
+    return json.dumps(
+        {
+            **vars(part),
+            "scans": [*map(stores.scan_cells, part.scans)],
+            "files": {name: vars(written) for name, written in part.files.items()},
+        }
+    )
+
+
+def _parse_part(line: str) -> Part:
+    values = json.loads(line)
+    values["scans"] = [stores.parse_scan(cells) for cells in values["scans"]]
+    values["rejected"] = [(path, reason) for path, reason in values["rejected"]]
+    values["files"] = {name: FileInfo(**written) for name, written in values["files"].items()}
+    return Part(**values)
 
 
 def _check_sources(manifest: Manifest, shards: Sequence[Shard]) -> None:
@@ -540,14 +571,16 @@ def _check_space(out: Path, shards: Sequence[Shard], size_px: int) -> None:
         )
 
 
-def _finish(out: Path, manifest: Manifest, size_px: int, parts: Sequence[Part]) -> StoreInfo:
-    """Merge the parts into the tables, write ``store.json``, and clear up."""
+def _finish(out: Path, claim: dict[str, Any], parts: Sequence[Part]) -> StoreInfo:
+    """Merge the parts into the tables, see that all is on the disk, write ``store.json``, and clear up."""
     scans = [scan for part in parts for scan in part.scans]
     rejected = [row for part in parts for row in part.rejected]
     if not scans:
         shutil.rmtree(out)
         path, reason = rejected[0]
-        raise MedclrError(f"{manifest.path}: none of its scans can be decoded ({len(rejected)}); {path}: {reason}")
+        raise MedclrError(
+            f"{claim['manifest_name']}: none of its {len(rejected)} scans can be decoded; the first, {path}: {reason}"
+        )
     present = {scan.modality for scan in scans}
     modalities = tuple(name for name in MODALITIES if name in present)
     labels = tuple(sorted({scan.label for scan in scans} - {""}))
@@ -556,32 +589,38 @@ def _finish(out: Path, manifest: Manifest, size_px: int, parts: Sequence[Part]) 
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *rejected])
     files.write_text(out / "rejected.csv", text.getvalue())
-    tables = ("slices.arrow", "scans.csv", "rejected.csv")
+    written = {name: info for part in parts for name, info in part.files.items()}
+    with ThreadPoolExecutor(16) as pool:  # one by one, each file would wait for the disk's journal anew
+        for _ in pool.map(_flush, [out / name for name in written]):
+            pass
+    for name in ("slices.arrow", "scans.csv", "rejected.csv"):
+        written[name] = FileInfo((out / name).stat().st_size, files.sha256(out / name))
     info = StoreInfo(
-        format_version=stores.FORMAT_VERSION,
-        medclr_version=medclr.__version__,
-        size_px=size_px,
+        **claim,
         n_slices=sum(scan.depth for scan in scans),
         n_scans=len(scans),
         n_patients=len({scan.patient_id for scan in scans}),
         n_rejected=len(rejected),
-        manifest_name=manifest.path.name,
-        manifest_sha256=manifest.sha256,
         modalities=modalities,
         labels=labels,
         masks=any(scan.has_mask for scan in scans),
         shard_slices=tuple(sum(scan.depth for scan in part.scans) for part in parts),
-        files={
-            **{name: FileInfo((out / name).stat().st_size, files.sha256(out / name)) for name in tables},
-            **{name: written for part in parts for name, written in part.files.items()},
-        },
+        files=written,
     )
     files.write_json(out / "store.json", asdict(info))
-    shutil.rmtree(out / "parts")
     (out / UNFINISHED).unlink()
     for stale in out.glob(".*.tmp"):  # of runs that were killed
         stale.unlink()
     return info
+
+
+def _flush(path: Path) -> None:
+    try:
+        with files.mendable(path):
+            files.flush(path)
+    except MedclrError:
+        path.unlink()  # nobody knows what of it reached the disk: it is to be written again
+        raise
 
 
 def _summary(out: Path, info: StoreInfo, was_complete: bool) -> PrepareSummary:

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -51,8 +51,8 @@ TABLE: dict[str, type[np.number[Any]]] = {
 }
 """Columns of ``slices.arrow``."""
 
-UNFINISHED = "unfinished.json"
-"""Stands in a store until it is complete, and says what it will be."""
+UNFINISHED = "unfinished.jsonl"
+"""Stands in a store until it is complete: what it will be, and then a line for each shard that is written."""
 
 _REMAKE = "delete the store and run medclr prepare again"
 
@@ -330,7 +330,8 @@ def write_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
 
 def scan_cells(scan: StoredScan) -> list[str]:
     """The cells of one row of ``scans.csv``; numbers to the last digit."""
-    return [" ".join(map(_text, value)) if isinstance(value, tuple) else _text(value) for value in astuple(scan)]
+    values = (getattr(scan, name) for name in _NAMES)
+    return [" ".join(map(_text, value)) if isinstance(value, tuple) else _text(value) for value in values]
 
 
 def parse_scan(cells: Sequence[str]) -> StoredScan:
@@ -346,7 +347,7 @@ def scans_csv(scans: Iterable[StoredScan]) -> str:
     """The text of ``scans.csv``."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(StoredScan))
+    writer.writerow(_NAMES)
     writer.writerows(map(scan_cells, scans))
     return text.getvalue()
 
@@ -360,7 +361,7 @@ def read_scans(path: Path) -> list[StoredScan]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
-            if next(rows, None) != [field.name for field in fields(StoredScan)]:
+            if next(rows, None) != _NAMES:
                 raise ValueError("its columns are not those of this version")
             return [parse_scan(cells) for cells in rows]
     except (OSError, ValueError) as error:
@@ -438,4 +439,5 @@ def _parse(kind: Any, cell: str) -> Any:
     return bool(int(cell)) if kind is bool else kind(cell)
 
 
-_KINDS = [get_type_hints(StoredScan)[field.name] for field in fields(StoredScan)]
+_NAMES = [field.name for field in fields(StoredScan)]
+_KINDS = [get_type_hints(StoredScan)[name] for name in _NAMES]
