@@ -23,13 +23,13 @@ _API = {
 __all__ = ["__version__", "embed", "index", "load_encoder", "prepare", "pretrain", "probe", "verify"]
 
 if TYPE_CHECKING:
+    from medclr.data.index import index as index
     from medclr.data.prepare import prepare as prepare
     from medclr.data.store import verify as verify
     from medclr.embed import embed as embed
     from medclr.models.encoder import load_encoder as load_encoder
     from medclr.pretrain import pretrain as pretrain
     from medclr.probe import probe as probe
-    from medclr.data.index import index as index
 
 
 class _Package(types.ModuleType):

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"medclr: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"medclr: {interruption or 'interrupted; the same command again continues'}", file=sys.stderr)
+        print(f"medclr: {str(interruption) or 'interrupted; the same command again continues'}", file=sys.stderr)
         return 130
     if result is not None:
         print(result)

@@ -1,17 +1,11 @@
 """The whole road on phantom patients: every verb once, with the command that does the same on your own scans."""
 
-import io
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from medclr.errors import MedclrError
 from medclr.progress import duration
-from medclr.scans.privacy import KEY_NAME
-
-T = TypeVar("T")
 
 SETTINGS = {"epochs": 10, "batch": 128, "views.size_px": 64}
 """Short enough for two cores; everything else is the modality-mixed default."""
@@ -49,19 +43,15 @@ def demo(out: Path = Path("demo"), *, patients: int = 24, seed: int = 0) -> Demo
 
     started = time.perf_counter()
     cohort, manifest, store, run = out / "scans", out / "phantom.csv", out / "store", out / "run"
-    key = out / KEY_NAME
 
     print(_step(f"draw {patients} phantom patients: CT as DICOM series, MR as NIfTI, X-ray as PNG"))
     print(write_cohort(cohort, patients=patients, seed=seed))
 
     from medclr.data.index import index
 
-    print(_step(f"medclr index {cohort}/... --out {manifest} --split train=0.7,test=0.3"))
-    # Three folders, because only DICOM says by itself which modality it is.
-    for folder, modality, masks in (("ct", None, None), ("mr", "MR", cohort / "mr_masks"), ("xr", "XR", None)):
-        summary = index([cohort / folder], manifest, labels=cohort / "labels.csv", modality=modality, masks=masks,
-                        key_file=key, split="train=0.7,test=0.3")  # fmt: skip
-        print(summary)
+    labels, masks, split = cohort / "labels.csv", cohort / "mr_masks", "train=0.7,test=0.3"
+    print(_step(f"medclr index {cohort} --out {manifest} --labels {labels} --masks {masks} --split {split}"))
+    print(index([cohort], manifest, labels=labels, masks=masks, split=split, key_file=out / "key"))
 
     from medclr.data.prepare import prepare
 

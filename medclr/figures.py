@@ -3,6 +3,7 @@
 Drawn with matplotlib's object interface: no global state, no display needed.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,31 @@ def contact_sheet(
     captions: Sequence[Sequence[str]],
     title: str,
 ) -> None:
-    """Rows of tiles: each column is a name and its images [n,H,W] in [0,1]; ``captions[row][column]`` stands below."""
+    """Tiles side by side, two samples a line, each with a caption below.
+
+    Args:
+        path: PNG to write.
+        columns: names of a sample's tiles, and their images [n,H,W] in [0,1].
+        captions: ``captions[sample][tile]``.
+        title: stands above.
+    """
+    tile, gap, caption, head = 1.9, 0.12, 0.52, 0.75  # inches
     n, width = len(captions), len(columns)
-    figure = Figure(figsize=(2.3 * width, 2.55 * n + 0.4), layout="constrained")
-    axes = figure.subplots(n, width, squeeze=False)
-    for row in range(n):
+    lines, across = -(-n // 2), min(2, n) * width
+    size = (across * (tile + gap) + gap, head + lines * (tile + caption))
+    figure = Figure(figsize=size)
+    for sample in range(n):
         for column, (name, images) in enumerate(columns):
-            axis = axes[row][column]
-            axis.imshow(images[row], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            left = gap + ((sample % 2) * width + column) * (tile + gap)
+            bottom = size[1] - head - (sample // 2) * (tile + caption) - tile
+            axis = figure.add_axes((left / size[0], bottom / size[1], tile / size[0], tile / size[1]))
+            axis.imshow(images[sample], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
-            axis.text(0.5, -0.02, captions[row][column], transform=axis.transAxes, ha="center", va="top", fontsize=6,
-                      color=INK, wrap=True)  # fmt: skip
-            if row == 0:
+            words = textwrap.fill(captions[sample][column], 34)
+            axis.text(0, -0.03, words, transform=axis.transAxes, ha="left", va="top", fontsize=6.5, color=INK)
+            if sample < 2:
                 axis.set_title(name, fontsize=9, color=INK)
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.text(gap / size[0], 1 - 0.2 / size[1], title, fontsize=11, color=INK, va="top")
     save(figure, path)
 
 

@@ -55,6 +55,10 @@ LOG_EVERY = 10
 """Steps between two rows of metrics.jsonl."""
 
 
+SETTLED_STEPS = 50
+"""Before that the running statistics of batch norm (momentum 0.1) still hold their start, and eval mode misleads."""
+
+
 @dataclass(frozen=True)
 class RunSummary:
     """What a finished run says of itself."""
@@ -211,7 +215,7 @@ def _train(request: Request, store: Store) -> RunSummary:
     def watch() -> dict[str, float]:
         figures = _look(method, store, indices, settings, device)
         tracker.write(step, figures)
-        if warning := monitor.collapse_warning(figures):
+        if step >= max(warmup_steps, SETTLED_STEPS) and (warning := monitor.collapse_warning(figures)):
             print(f"medclr: warning: step {step}: {warning}", file=sys.stderr)
         return figures
 
@@ -238,7 +242,10 @@ def _train(request: Request, store: Store) -> RunSummary:
 
                 now = time.perf_counter()
                 if step % LOG_EVERY == 0 or step == total:
-                    row = {name: float(value) for name, value in logs.items()}  # waits for the device: not at each step
+                    row = {
+                        "loss": loss.item(),
+                        **{name: float(value) for name, value in logs.items()},
+                    }  # waits for the device
                     if not math.isfinite(row["loss"]):
                         advice = "lower optim.lr or lengthen optim.warmup"
                         raise MedclrError(f"{out}: the loss is not finite at step {step}; {advice}")
@@ -261,7 +268,11 @@ def _train(request: Request, store: Store) -> RunSummary:
 
 
 def _look(
-    method: torch.nn.Module, store: Store, indices: np.ndarray[Any, Any], settings: PretrainConfig, device: torch.device
+    method: methods.PretrainingMethod,
+    store: Store,
+    indices: np.ndarray[Any, Any],
+    settings: PretrainConfig,
+    device: torch.device,
 ) -> dict[str, float]:
     """Figures of the monitor on a fixed sample of training slices, from the network in eval mode."""
     rng = np.random.default_rng([settings.seed, 1])
@@ -272,11 +283,12 @@ def _look(
         for part in np.array_split(sample, -(-len(sample) // 256)):
             batch = load_batch(store, part)
             x = plain_view(batch.to(device), settings.views.size_px)  # [b,1,s,s]
-            features.append(method.encoder(x))  # [b,F]
-            embeddings.append(method.head(features[-1]))  # [b,E]
+            f, z = method.embed(x)  # [b,F], [b,K]
+            features.append(f)
+            embeddings.append(z)
             labels.append(batch.label)
             patients.append(batch.patient)
-    z = torch.cat(embeddings).float().cpu()  # [n,E]
+    z = torch.cat(embeddings).float().cpu()  # [n,K]
     figures = {"effective_rank": monitor.effective_rank(z), "uniformity": monitor.uniformity(z)}
     knn = monitor.knn_accuracy(torch.cat(features).float().cpu(), torch.cat(labels).cpu(), torch.cat(patients).cpu())
     return figures if math.isnan(knn) else {**figures, "knn": knn}

@@ -67,21 +67,20 @@ class ProbeReport:
         from rich.console import Console
         from rich.table import Table
 
-        metrics = list(dict.fromkeys(score.metric for score in self.scores))
         first = self.scores[0]
-        table = Table(
-            title=f"{first.encoder}: {first.test_patients} test patients, {first.seeds} seeds; mean ± SD over seeds "
-            "[95 % interval over patients]",
-            title_justify="left",
-        )
-        for name in ("budget", "patients", "classifier", *metrics):
+        metrics = list(dict.fromkeys(score.metric for score in self.scores))
+        title = f"{first.encoder}: {first.test_patients} test patients, {first.seeds} seeds"
+        table = Table(title=title, caption="mean ± SD over seeds, [95 % interval over test patients]")
+        table.title_justify = table.caption_justify = "left"
+        for name in ("patients", "classifier", *metrics):
             table.add_column(name)
         for budget, classifier in dict.fromkeys((s.budget, s.classifier) for s in self.scores):
             cells = [self.get(classifier, budget, metric) for metric in metrics]
-            shown = [f"{s.mean:.3f} ± {s.sd:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in cells]
-            table.add_row(budget, str(cells[0].train_patients), classifier, *shown)
+            shown = [f"{s.mean:.3f} ± {s.sd:.3f}\n[{s.low:.3f}, {s.high:.3f}]" for s in cells]
+            budget_text = f"{cells[0].train_patients}" + (f" ({budget})" if budget.endswith("%") else "")
+            table.add_row(budget_text, classifier, *shown)
         text = io.StringIO()
-        Console(file=text, width=40 + 32 * len(metrics)).print(table)
+        Console(file=text, width=28 + 19 * len(metrics)).print(table)
         return text.getvalue().rstrip() + (f"\nwritten to {self.out}" if self.out else "")
 
 
@@ -208,7 +207,7 @@ def _name(encoder: str) -> str:
 
 
 class Classifier(Protocol):
-    """Fit on training scans, return class scores [t,C] of test scans; every choice is made within the training scans."""
+    """Fit on training scans, return class scores [t,C] of test scans; choices are made within the training scans."""
 
     def __call__(
         self,
@@ -227,14 +226,17 @@ def knn(
     """Weighted kNN of Wu et al. 2018 (k = 20, temperature 0.07) on L2-normalised features; scores [t,C]."""
 
     def unit(v: NDArray[np.float32]) -> Floats:
-        return v / np.maximum(np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True), 1e-12)
+        length = np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True)
+        rows: Floats = np.divide(v, np.maximum(length, 1e-12), dtype=np.float64)
+        return rows
 
     similarity = unit(x_test) @ unit(x).T  # [t,r]
     k = min(20, len(x))
     nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]  # [t,k]
     vote = np.exp((np.take_along_axis(similarity, nearest, 1) - 1) / 0.07)  # [t,k]
     scores = np.stack([(vote * (y[nearest] == c)).sum(1) for c in range(classes)], axis=1)  # [t,C]
-    return np.asarray(scores / scores.sum(1, keepdims=True))
+    normalised: Floats = scores / scores.sum(1, keepdims=True)
+    return normalised
 
 
 def logistic(
@@ -258,20 +260,20 @@ def logistic(
 
 CLASSIFIERS: Mapping[str, Classifier] = {"knn": knn, "logistic": logistic}
 
-PENALTIES = tuple(10.0**e for e in np.arange(-5, 1.5, 0.5))
+PENALTIES = tuple(10.0 ** (e / 2) for e in range(-10, 3))
 """Values of C, from strong to weak, that cross-validation chooses among."""
 
 DEFAULT_PENALTY = 1e-2
 """Where some class has a lone patient and nothing can be cross-validated."""
 
 
-def _logistic(c: float) -> Any:
+def _logistic(c: float, *, warm_start: bool = False) -> Any:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=c, class_weight="balanced", max_iter=5000, tol=1e-4)
+    return LogisticRegression(C=c, class_weight="balanced", max_iter=5000, warm_start=warm_start)
 
 
-def _choose_penalty(z: Floats, y: Ints, patient: NDArray[np.str_], seed: int) -> float:
+def _choose_penalty(z: NDArray[np.floating[Any]], y: Ints, patient: NDArray[np.str_], seed: int) -> float:
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.utils.class_weight import compute_sample_weight
@@ -284,13 +286,18 @@ def _choose_penalty(z: Floats, y: Ints, patient: NDArray[np.str_], seed: int) ->
     if not parts:
         return DEFAULT_PENALTY
     weight = compute_sample_weight("balanced", y)  # [r]
-    losses = np.zeros(len(PENALTIES))
-    for fit, held in parts:
-        for i, c in enumerate(PENALTIES):
-            model = _logistic(c).fit(z[fit], y[fit])
-            p = model.predict_proba(z[held])  # [h,C]
-            losses[i] += log_loss(y[held], p, labels=model.classes_, sample_weight=weight[held]) * len(held)
-    return PENALTIES[int(losses.argmin())]
+    models = [_logistic(PENALTIES[0], warm_start=True) for _ in parts]  # each goes on from the penalty before
+    best, chosen = math.inf, PENALTIES[0]
+    for c in PENALTIES:
+        loss = 0.0
+        for model, (fit, held) in zip(models, parts, strict=True):
+            p = model.set_params(C=c).fit(z[fit], y[fit]).predict_proba(z[held])  # [h,C]
+            loss += float(log_loss(y[held], p, labels=model.classes_, sample_weight=weight[held])) * len(held)
+        if loss > 1.05 * best:  # overfitting has set in, and weaker penalties cost the most
+            break
+        if loss < best:
+            best, chosen = loss, c
+    return chosen
 
 
 class Metric(Protocol):
@@ -318,9 +325,11 @@ def _metrics(classes: Sequence[str]) -> dict[str, Metric]:
         return float(np.mean([auc(scores, y, weight) for auc in each.values()]))
 
     def balanced_accuracy(scores: Floats, y: Ints, weight: Floats) -> float:
-        right = np.bincount(y, weight * (scores.argmax(1) == y), minlength=len(classes))
         total = np.bincount(y, weight, minlength=len(classes))
-        return float(np.mean(right / total)) if (total > 0).all() else math.nan
+        if not (total > 0).all():
+            return math.nan
+        right = np.bincount(y, weight * (scores.argmax(1) == y), minlength=len(classes))
+        return float(np.mean(right / total))
 
     return {"macro AUC": macro_auc, "balanced accuracy": balanced_accuracy, **(each if len(classes) > 2 else {})}
 
@@ -337,18 +346,14 @@ def interval(
         patient: number of each row's patient [t], 0..P-1.
         resamples: bootstrap samples.
     """
-    from scipy.stats import bootstrap
-
     patients = int(patient.max()) + 1
-
-    def mean_score(sample: Ints) -> float:
-        weight = np.bincount(sample, minlength=patients)[patient].astype(float)  # a patient drawn twice counts twice
-        return float(np.mean([metric(scores, y, weight) for scores in runs]))
-
-    each = [metric(scores, y, np.ones(len(y))) for scores in runs]
-    drawn = bootstrap((np.arange(patients),), mean_score, n_resamples=resamples, vectorized=False, method="percentile",
-                      rng=np.random.default_rng(0)).bootstrap_distribution  # fmt: skip
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(resamples):
+        times = np.bincount(rng.integers(0, patients, patients), minlength=patients)  # how often each patient was drawn
+        drawn.append(np.mean([metric(scores, y, times[patient].astype(float)) for scores in runs]))
     low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a resample without one of the classes has no score
+    each = [metric(scores, y, np.ones(len(y))) for scores in runs]
     sd = float(np.std(each, ddof=1)) if len(each) > 1 else math.nan
     return float(np.mean(each)), sd, float(low), float(high)
 

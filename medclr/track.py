@@ -51,13 +51,13 @@ def _backend(name: Backend | None, run: Path) -> tuple[Callable[[int, Mapping[st
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(run / "tensorboard"))
 
             def send(step: int, figures: Mapping[str, float]) -> None:
                 for key, value in figures.items():
-                    writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(key, value, step)
 
-            return send, writer.close  # type: ignore[return-value]
+            return send, writer.close
         import mlflow
     except ImportError as error:
         raise MedclrError(f"--track {name} needs an extra: pip install 'medclr[{name}]'") from error

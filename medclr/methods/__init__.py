@@ -1,15 +1,36 @@
 """Pretraining methods: one file each, holding its ``Config`` (frozen dataclass) and its ``Method`` (module).
 
-``Method(config, encoder)`` owns the encoder as ``.encoder``; ``.loss(a, b, batch, group)`` takes two views [B,1,S,S] of
-one batch and gives the loss and what to log. A new file here is a new method.
+A new file here is a new method: ``Method`` derives from ``PretrainingMethod``, which says what the loop asks of it.
+
+Letters: B images, F features of the encoder, K components of the embedding, S the image side.
 """
 
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
 
 from medclr.config import nearest
+from medclr.distributed import Group
 from medclr.errors import MedclrError
+
+
+class PretrainingMethod(nn.Module):
+    """Built as ``Method(config, encoder)``; its parameters are what is trained, its ``encoder`` is what is kept."""
+
+    encoder: nn.Module
+
+    def loss(
+        self, a: Tensor, b: Tensor, batch: Any = None, group: Group | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two views [B,1,S,S] of one batch -> the loss, and what else to log (0-d tensors, detached)."""
+        raise NotImplementedError
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B,1,S,S] -> features [B,F] and the embedding [B,K] in which the loss is taken: for the monitor."""
+        raise NotImplementedError
 
 
 def names() -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.losses.nt_xent import nt_xent
+from medclr.methods import PretrainingMethod
 from medclr.models.heads import ProjectionHead
 
 
@@ -37,7 +38,7 @@ class Config:
             raise MedclrError(f"out_features: {self.out_features} is below 1; 128 is usual")
 
 
-class Method(nn.Module):
+class Method(PretrainingMethod):
     """Encoder and projection head, trained to tell each image's two views from those of all other images.
 
     Attributes:
@@ -51,6 +52,11 @@ class Method(nn.Module):
         self.encoder = encoder
         features: int = encoder.features  # type: ignore[assignment]
         self.head = ProjectionHead(features, config.head_layers, config.out_features)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B,1,S,S] -> features [B,F] and embedding [B,K]."""
+        features = self.encoder(x)
+        return features, self.head(features)
 
     def loss(
         self, a: Tensor, b: Tensor, batch: Any = None, group: Group | None = None

@@ -48,4 +48,4 @@ def open_encoder(name: str, *, size_px: int, weights: Path | None = None, seed: 
     else:
         encoder = load_encoder(Path(name))
     encoder.requires_grad_(False).eval()
-    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[return-value]
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
