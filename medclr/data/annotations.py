@@ -51,7 +51,7 @@ class Names:
         self._names: defaultdict[str, set[int]] = defaultdict(set)
 
     def add(self, number: int, root: str, paths: Iterable[str]) -> None:
-        """Give scan ``number`` the names that follow from these paths relative to ``root``."""
+        """Give scan ``number`` the names that follow from these paths, relative to ``root``."""
         for path in paths:
             absolute = os.path.normpath(f"{root}/{path}")
             for name in (path, absolute):
@@ -176,11 +176,10 @@ def assign(
         allow_unmatched: pass over names of no scan.
 
     Raises:
-        MedclrError: a name is no scan's, or two scans', or two names are one scan's.
+        MedclrError: a name is no scan's, or two scans'.
     """
     numbers: list[int | None] = []
     missing: list[str] = []
-    taken: dict[int, str] = {}
     for name in wanted:
         hits = names.find(name, beside)
         number = next(iter(hits), None)
@@ -189,8 +188,6 @@ def assign(
             missing.append(name)
         elif len(hits) > 1:
             raise MedclrError(f"{source}: {len(hits)} files or scans are called {name!r}; write their paths in full")
-        elif number < usable and taken.setdefault(number, name) != name:
-            raise MedclrError(f"{source}: {taken[number]!r} and {name!r} are the same scan; keep one")
     if missing and not allow_unmatched:
         raise MedclrError(
             f"{source}: {len(missing)} of its {len(wanted)} names are of no scan, the first is {missing[0]!r};"

@@ -12,9 +12,9 @@ import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medclr import files
 from medclr.data.annotations import Label, Mask, Names, assign, read_labels, read_masks
@@ -36,7 +36,9 @@ from medclr.progress import progress
 from medclr.scans import HEAD_BYTES, NO_SCAN, Reader, bids, reader_of
 from medclr.scans.modality import modality_of
 from medclr.scans.privacy import Pseudonyms, default_key_file, load_key
-from medclr.scans.scan import Found
+
+if TYPE_CHECKING:  # it imports numpy, which `medclr index --help` can do without
+    from medclr.scans.scan import Found
 
 WHOLE_FILE_BYTES = 64 * 2**20
 """Up to this size a file is held in memory, so that header and hash come from one reading."""
@@ -106,13 +108,10 @@ class Entry:
     """(D,H,W)."""
     spacing_mm: tuple[float | None, float | None, float | None]
     sha256: str
+    is_picture: bool = False
+    """A PNG, JPEG or TIFF: a patient has many, so one of an unknown patient is not taken for a patient of its own."""
     before: ScanRow | None = None
     """Its row in the manifest of an earlier run, if no file has changed."""
-
-    @property
-    def is_picture(self) -> bool:
-        """An image without geometry, which says nothing of its patient either."""
-        return not self.series and self.spacing_mm[0] is None
 
 
 def index(
@@ -159,14 +158,14 @@ def index(
     key = Pseudonyms(load_key(Path(key_file) if key_file else default_key_file()))
     old = _earlier(out, folders, key) if out.exists() else None
 
-    if masks and Path(masks).resolve() in {Path(folder).resolve() for folder in folders}:
-        raise MedclrError(f"--masks {masks}: is the folder that is indexed; put the masks into one of their own")
+    if masks and any(Path(folder).resolve().is_relative_to(Path(masks).resolve()) for folder in folders):
+        raise MedclrError(f"--masks {masks}: holds the folder that is indexed; put the masks into one of their own")
     tables = (out, files_path(out), rejected_path(out))
     skip = _identities([*tables, labels, masks, *(mask.root / mask.path for mask in mask_files)])
     found_files, rejected = _walk_all(folders, skip)
     entries = _entries(found_files, old, out, key, rejected)
 
-    names = _names(entries, rejected) if label_table or mask_files else Names()
+    names = _names(entries, rejected, folders) if label_table or mask_files else Names()
     told = _told(entries, names, labels, label_table, allow_unmatched)
     mask_of = _mask_of(entries, names, masks, mask_files, allow_unmatched)
 
@@ -250,6 +249,9 @@ def _refuse_nested(folder: str, other: str) -> None:
 
 def _earlier(out: Path, folders: Sequence[str], key: Pseudonyms) -> Manifest:
     """The manifest that is added to."""
+    for table in (files_path(out), rejected_path(out)):
+        if not table.exists():
+            raise MedclrError(f"--out {out}: exists, but without {table.name} it cannot be added to; choose another")
     old = read_manifest(out)
     for row in old.rows[:1]:
         if key("scan", row.path, row.sha256) != row.scan_id:
@@ -379,13 +381,15 @@ class Readings:
     def __init__(self, key: Pseudonyms, rejected: list[Rejected]) -> None:
         self._key = key
         self._rejected = rejected
-        self._headers: dict[int, tuple[Reader, list[Any]]] = {}
+        self._headers: dict[str, tuple[Reader, list[Any]]] = {}
         self._files: dict[Path, tuple[File, str, str]] = {}  # path -> file, sha256, series
         self.series: set[str] = set()
         """Pseudonyms of all series met."""
 
     def read(self, found: Sequence[File]) -> None:
         """Read the header and the hash of each file, or reject it."""
+        if not found:
+            return
         with progress("index", len(found), "files") as advance:
             for file in found:
                 try:
@@ -410,15 +414,16 @@ class Readings:
             data, digest = None, files.sha256(path)
             with path.open("rb") as opened:
                 head = opened.read(HEAD_BYTES)
-        reader = reader_of(head)
-        if reader is None:
+        known = reader_of(head)
+        if known is None:
             raise ScanError(NO_SCAN)
+        name, reader = known
         header = reader.read_header(path, data)
         series = ""
         if header.series is not None:
             series = self._key("series", header.series or str(path.parent))
             self.series.add(series)
-        self._headers.setdefault(id(reader), (reader, []))[1].append(header)
+        self._headers.setdefault(name, (reader, []))[1].append(header)
         self._files[path] = (file, digest, series)
 
     def _reject(self, file: File, reason: str) -> None:
@@ -427,13 +432,13 @@ class Readings:
     def entries(self) -> list[Entry]:
         """Group what was read into scans."""
         entries = []
-        for reader, headers in self._headers.values():
+        for name, (reader, headers) in self._headers.items():
             found, rejects = reader.find(headers)
-            entries += [self._entry(scan) for scan in found]
+            entries += [self._entry(scan, is_picture=name == "image") for scan in found]
             self._rejected += [Rejected(str(path), reason) for path, reason in rejects]
         return entries
 
-    def _entry(self, scan: Found) -> Entry:
+    def _entry(self, scan: "Found", is_picture: bool) -> Entry:
         records = [self._files[path] for path in scan.files]
         first, digest, series = records[0]
         path = first.path
@@ -455,20 +460,21 @@ class Readings:
             shape=scan.shape,
             spacing_mm=(None, None, None) if unknown else (d, h, w),
             sha256=digest,
+            is_picture=is_picture,
         )
 
 
 # What labels, masks and options add
 
 
-def _names(entries: Sequence[Entry], rejected: Sequence[Rejected]) -> Names:
+def _names(entries: Sequence[Entry], rejected: Sequence[Rejected], folders: Sequence[str]) -> Names:
     """Scans are numbered as they come, rejected files after them."""
     names = Names()
     for i, entry in enumerate(entries):
         names.add(i, entry.files[0].root, {entry.path, *(file.path for file in entry.files)})
     for i, reject in enumerate(rejected, start=len(entries)):
-        folder, name = os.path.split(reject.path)
-        names.add(i, folder, [name])
+        root = next(folder for folder in folders if reject.path.startswith(folder))
+        names.add(i, root, [reject.path[len(root) + 1 :]])
     return names
 
 
@@ -481,7 +487,13 @@ def _told(
         return {}
     wanted = [label.file for label in lines]
     numbers = assign(f"--labels {path}", wanted, names, len(entries), Path(path).parent, allow_unmatched)
-    return {number: label for number, label in zip(numbers, lines, strict=True) if number is not None}
+    told: dict[int, Label] = {}
+    for number, line in zip(numbers, lines, strict=True):
+        # Several slices of one series may be listed, if they all say the same.
+        if number is not None and replace(told.setdefault(number, line), file=line.file) != line:
+            both = f"{told[number].file!r} and {line.file!r}"
+            raise MedclrError(f"--labels {path}: says two things of one scan, called {both}; keep one")
+    return told
 
 
 def _mask_of(
@@ -492,7 +504,11 @@ def _mask_of(
         return {}
     beside = Path(path) if Path(path).is_dir() else Path(path).parent
     numbers = assign(f"--masks {path}", [m.scan for m in masks], names, len(entries), beside, allow_unmatched)
-    return {number: mask for number, mask in zip(numbers, masks, strict=True) if number is not None}
+    mask_of: dict[int, Mask] = {}
+    for number, mask in zip(numbers, masks, strict=True):
+        if number is not None and mask_of.setdefault(number, mask) is not mask:
+            raise MedclrError(f"--masks {path}: {mask_of[number].path} and {mask.path} are of one scan; keep one")
+    return mask_of
 
 
 def _label_of(

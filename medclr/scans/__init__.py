@@ -36,13 +36,12 @@ class Reader(Protocol):
         """Read one scan."""
 
 
-def reader_of(head: bytes) -> Reader | None:
-    """The reader of files that start like this, judged by content and never by name."""
+def reader_of(head: bytes) -> tuple[str, Reader] | None:
+    """Name and module of the reader of files that start like this, judged by content and never by file name."""
     for name in READERS:
-        module = importlib.import_module(f"{__name__}.{name}")
+        module: Any = importlib.import_module(f"{__name__}.{name}")
         if getattr(module, f"is_{name}")(head):
-            reader: Reader = module
-            return reader
+            return name, module
     return None
 
 
@@ -59,7 +58,8 @@ def read(files: Sequence[Path], modality: str | None = None) -> "Scan":
     if not files:
         raise ScanError("a scan without files cannot be read")
     with Path(files[0]).open("rb") as file:
-        reader = reader_of(file.read(HEAD_BYTES))
-    if reader is None:
+        known = reader_of(file.read(HEAD_BYTES))
+    if known is None:
         raise ScanError(f"{files[0]}: {NO_SCAN}")
+    _, reader = known
     return reader.read(files, modality)
