@@ -300,6 +300,7 @@ def test_missing_or_changed_files_stop_it_before_it_starts(tmp_path):
     (tmp_path / "mr1.nii.gz").rename(tmp_path / "gone")
     with pytest.raises(MedclrError, match=r"mr1\.nii\.gz: cannot be read \(No such file or directory\); bring it back"):
         prepare(manifest, tmp_path / "store", size_px=16)
+    assert not (tmp_path / "store").exists()
     (tmp_path / "mr1.nii.gz").write_bytes(b"something else")
     with pytest.raises(MedclrError, match=r"mr1\.nii\.gz: has changed since it was indexed; run medclr index again"):
         prepare(manifest, tmp_path / "store", size_px=16)

@@ -141,6 +141,7 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
     _check_space(out, missing, size_px)
     n_slices = [shard.n_slices for shard in shards]
     done = sum(n_slices[number] for number in parts)
+    files.write_text(out / UNFINISHED, "\n".join([json.dumps(claim), *map(_part_line, parts.values()), ""]))
     with (
         files.mendable(out / UNFINISHED),
         (out / UNFINISHED).open("a", encoding="utf-8") as journal,
@@ -317,10 +318,10 @@ def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], boo
     scans: list[StoredScan] = []
     rejected: list[tuple[str, str]] = []
     written: dict[str, FileInfo] = {}
-    n_slices = 0
+    n_slices, has_masks = 0, shard.masks
     with contextlib.ExitStack() as stack:
         slices = stack.enter_context(_npy(out / stores.slices_name(shard.number), size_px, written))
-        if shard.masks:
+        if has_masks:
             masks = stack.enter_context(_npy(out / stores.masks_name(shard.number), size_px, written))
         for row, source in shard.scans:
             if stopped():
@@ -336,7 +337,7 @@ def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], boo
                     slices(square)
                 if mask is not None:
                     masks(encode_mask(mask, encoding, size_px))
-                elif shard.masks:
+                elif has_masks:
                     masks(np.zeros((len(scan.voxels), size_px, size_px), dtype=np.uint16))
             except (MedclrError, OSError):
                 raise
@@ -493,7 +494,7 @@ def _finished(out: Path, claim: dict[str, Any]) -> StoreInfo | None:
 
 
 def _resume(out: Path, claim: dict[str, Any]) -> dict[int, Part]:
-    """What an interrupted run has left whole, by the number of the shard; ``unfinished.jsonl`` then says just that.
+    """What an interrupted run has left whole, by the number of the shard.
 
     Raises:
         MedclrError: it was a run of another manifest, or with other settings.
@@ -501,7 +502,7 @@ def _resume(out: Path, claim: dict[str, Any]) -> dict[int, Part]:
     try:
         first, *lines = (out / UNFINISHED).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        first, lines = json.dumps(claim), []
+        return {}
     _check_claim(out, json.loads(first), claim)
     parts: dict[int, Part] = {}
     with progress("checking what is there", len(lines), "shards") as advance:
@@ -511,7 +512,6 @@ def _resume(out: Path, claim: dict[str, Any]) -> dict[int, Part]:
                 if all(files.sha256(out / name) == written.sha256 for name, written in part.files.items()):
                     parts[part.shard] = part
             advance(1)
-    files.write_text(out / UNFINISHED, "\n".join([first, *map(_part_line, parts.values()), ""]))
     return parts
 
 
@@ -563,7 +563,7 @@ def _check_sources(manifest: Manifest, shards: Sequence[Shard]) -> None:
 def _check_space(out: Path, shards: Sequence[Shard], size_px: int) -> None:
     """Raise if the disk is too small for what is still to be written."""
     needed = sum(shard.n_slices * size_px**2 * (4 if shard.masks else 2) for shard in shards)
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if needed > free:
         raise MedclrError(
             f"{out}: the store needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB; make room, choose"
