@@ -1,6 +1,6 @@
 """What scanners and viewers do to grey values: windows, gamma, bias fields, gain, noise, blur; and cut-out.
 
-The first step of a chain (RandomWindow or PercentileScale) maps physical values to [0,1]; all others keep [0,1].
+RandomWindow or PercentileScale maps physical values to [0,1]; what comes after it in a chain keeps [0,1].
 Every function below is pure: images [B,1,H,W] float32 and one parameter set an image -> new images.
 """
 
@@ -92,8 +92,8 @@ def noise(offset: Tensor, height: int, width: int) -> Tensor:
 
 
 def gaussian_noise(images: Tensor, std: Tensor, offset: Tensor) -> Tensor:
-    """x + std * n, clipped to [0,1]."""
-    return noise(offset, *images.shape[2:]).mul_(per_image(std)).add_(images).clamp_(0, 1)
+    """x + std * n."""
+    return noise(offset, *images.shape[2:]).mul_(per_image(std)).add_(images)
 
 
 def rician_noise(images: Tensor, std: Tensor, offset: Tensor, offset_imaginary: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
         for shift in range(1, radius + 1):
             torch.add(wide.narrow(axis, radius - shift, size), wide.narrow(axis, radius + shift, size), out=pair)
             images.addcmul_(pair, weights[shift])
-    return images
+    return images.clamp_(0, 1)  # the weights sum to 1 only up to rounding
 
 
 def cutout(images: Tensor, box: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class RandomGain(BatchTransform):
 
 
 class _RandomNoise(BatchTransform):
-    """Noise with a standard deviation drawn from U(0, std), as a fraction of the range [0,1]."""
+    """Noise with a standard deviation drawn from U(0, std), in the unit of the images."""
 
     def __init__(self, std: float = 0.05, prob: float = 0.5) -> None:
         super().__init__(prob)
@@ -305,14 +305,25 @@ class _RandomNoise(BatchTransform):
 
     def describe(self, params: Params, i: int) -> str:
         """The standard deviation."""
-        return f"noise {float(params['std'][i]):.3f}"
+        return f"noise {float(params['std'][i]):.2g}"
 
 
 class RandomGaussianNoise(_RandomNoise):
-    """Additive noise, as of CT quanta or an X-ray detector."""
+    """Additive noise, as an X-ray detector's; clipped to [0,1]."""
 
     def transform(self, images: Tensor, params: Params) -> Tensor:
         """[B,1,H,W] in [0,1] -> the same."""
+        return gaussian_noise(images, params["std"], params["offset"]).clamp_(0, 1)
+
+
+class RandomQuantumNoise(_RandomNoise):
+    """Additive noise of CT, in Hounsfield units: before the window, so that a narrow one shows more of it."""
+
+    def __init__(self, std: float = 15.0, prob: float = 0.5) -> None:
+        super().__init__(std, prob)
+
+    def transform(self, images: Tensor, params: Params) -> Tensor:
+        """[B,1,H,W] in physical units -> the same."""
         return gaussian_noise(images, params["std"], params["offset"])
 
 

@@ -19,6 +19,7 @@ from medclr.augment.intensity import (
     RandomGain,
     RandomGamma,
     RandomGaussianNoise,
+    RandomQuantumNoise,
     RandomRicianNoise,
     RandomSpeckle,
     RandomWindow,
@@ -48,27 +49,22 @@ def chain_for(modality: Modality, config: ViewsConfig) -> Chain:
         flip_ud=config.flip and modality.flip_ud,
     )
     scale = RandomWindow(modality.windows, 0.2 * k) if modality.windows else PercentileScale(0.05 * k)
+    gamma, contrast = RandomGamma(0.5 * k), RandomContrast(0.4 * k, 0.1 * k)
     # SimCLR's sigma of up to 2 px belongs to 224 px; it shrinks with the view, but not below a pixel.
     blur = RandomBlur((0.1, max(1.0, config.size_px / 112)), config.blur)
-    intensity: Chain
-    noise: BatchTransform
+    cutout = RandomCutout(prob=config.cutout)
     match modality.name:
-        case "CT":  # the window already is the contrast
-            intensity = ()
-            noise = RandomGaussianNoise(0.05 * k, config.noise)
+        case "CT":  # the window already is the contrast, and noise is there before it
+            return (crop, RandomQuantumNoise(15 * k, config.noise), scale, blur, cutout)
         case "MR":
-            intensity = (RandomGamma(0.5 * k), RandomContrast(0.4 * k, 0.1 * k), RandomBiasField(0.3 * k))
-            noise = RandomRicianNoise(0.08 * k, config.noise)
-        case "XR":
-            intensity = (RandomGamma(0.5 * k, invertible=True), RandomContrast(0.4 * k, 0.1 * k))
-            noise = RandomGaussianNoise(0.05 * k, config.noise)
+            noise: BatchTransform = RandomRicianNoise(0.08 * k, config.noise)
+            return (crop, scale, gamma, contrast, RandomBiasField(0.3 * k), blur, noise, cutout)
         case "US":
-            intensity = (RandomGamma(0.3 * k), RandomGain(0.3 * k))
-            noise = RandomSpeckle(0.3 * k, config.noise)
-        case _:
-            intensity = (RandomGamma(0.5 * k), RandomContrast(0.4 * k, 0.1 * k))
-            noise = RandomGaussianNoise(0.05 * k, config.noise)
-    return (crop, scale, *intensity, blur, noise, RandomCutout(prob=config.cutout))
+            noise = RandomSpeckle(0.15 * k, config.noise)
+            return (crop, scale, RandomGamma(0.3 * k), RandomGain(0.3 * k), blur, noise, cutout)
+        case "XR":
+            gamma = RandomGamma(0.5 * k, invertible=True)
+    return (crop, scale, gamma, contrast, blur, RandomGaussianNoise(0.05 * k, config.noise), cutout)
 
 
 @dataclass(frozen=True)
