@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medclr.augment.transform import BatchTransform, Params, per_image, select, uniform
+from medclr.augment.transform import BatchTransform, Params, per_image, select, send, uniform
 
 TRIES = 10
 """Crops drawn until one fits into the image, as torchvision's RandomResizedCrop does."""
@@ -63,8 +63,9 @@ def resample(images: Tensor, matrix: Tensor, air: Tensor, size_px: int, level: i
     source = images - per_image(air)  # grid_sample pads with zero
     if level:
         source = F.avg_pool2d(source, 2**level, ceil_mode=True)
-    extent = torch.tensor([source.shape[3], source.shape[2]], device=images.device) * 2**level  # (x, y) in pixels
-    across, down, centre = (matrix * (2 / extent)[:, None]).unbind(2)  # [B,2] each, in grid_sample's [-1,1]
+    height, width = (pixels * 2**level for pixels in source.shape[2:])
+    # [B,2] each, in grid_sample's [-1,1]
+    across, down, centre = torch.stack([matrix[:, 0] * (2 / width), matrix[:, 1] * (2 / height)], 1).unbind(2)
     u = (torch.arange(size_px, device=images.device) * 2 + 1) / size_px - 1  # [s]
     # One contiguous pass of broadcasting makes the grid: ten times faster than affine_grid.
     first = torch.addcmul((centre - 1)[:, None], across[:, None], u[:, None]).view(-1, 1, 2 * size_px)  # [B,1,2s]
@@ -118,12 +119,12 @@ class RandomResizedCrop(BatchTransform):
         across = torch.stack([angle.cos(), angle.sin()], 1) * (w / 2 * (1 - 2 * params["flip_lr"].float()))[:, None]
         down = torch.stack([-angle.sin(), angle.cos()], 1) * (h / 2 * (1 - 2 * params["flip_ud"].float()))[:, None]
         centre = torch.stack([left + w / 2, top + h / 2], 1)
-        matrix = torch.stack([across, down, centre], 2).to(images.device)  # [B,2,3]
-        air = params["air"].to(images.device)
+        matrix = send(torch.stack([across, down, centre], 2), images.device)  # [B,2,3]
+        air = send(params["air"], images.device)
         levels = pyramid_level(h, w, self.size_px)  # [B], on the CPU
         out = images.new_empty(len(images), 1, self.size_px, self.size_px)
         for level in levels.unique().tolist():
-            rows = (levels == level).nonzero()[:, 0].to(images.device)
+            rows = send((levels == level).nonzero()[:, 0], images.device)
             # Sampling jumps about in the image; in blocks that fit the processor's cache it is three times faster.
             size = len(rows) if images.is_cuda else max(1, CACHED // images[0].numel())
             for block in rows.split(size):

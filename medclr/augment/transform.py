@@ -20,6 +20,11 @@ def select(params: Params, rows: Tensor | slice) -> Params:
     return {key: value[rows] for key, value in params.items()}
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on the images' device, without waiting for what a GPU still has to do."""
+    return values.to(device, non_blocking=True)
+
+
 def per_image(values: Tensor) -> Tensor:
     """[B] -> [B,1,1,1], to meet images [B,1,H,W]."""
     return values[:, None, None, None]
@@ -72,13 +77,13 @@ class BatchTransform(RandomizableTransform):
 
     def apply(self, images: Tensor, params: Params, *, inplace: bool = False) -> Tensor:
         """Change the images [B,1,H,W] that are ``on``; only with ``inplace`` may the input be overwritten."""
-        rows = params["on"].nonzero()[:, 0]  # on the CPU, so a GPU is never waited for
-        if len(rows) == 0:
+        on = params["on"].nonzero()[:, 0]
+        if len(on) == 0:
             return images
-        if len(rows) == len(images):
-            return self.transform(images, {key: value.to(images.device) for key, value in params.items()})
-        here = {key: value.to(images.device) for key, value in select(params, rows).items()}
-        rows = rows.to(images.device)
+        if len(on) == len(images):
+            return self.transform(images, {key: send(value, images.device) for key, value in params.items()})
+        here = {key: send(value, images.device) for key, value in select(params, on).items()}
+        rows = send(on, images.device)
         changed = self.transform(images.index_select(0, rows), here)
         return (images if inplace else images.clone()).index_copy_(0, rows, changed)
 

@@ -25,7 +25,7 @@ from medclr.augment.intensity import (
     RandomWindow,
     scale_to_unit,
 )
-from medclr.augment.transform import BatchTransform, Params, select
+from medclr.augment.transform import BatchTransform, Params, select, send
 from medclr.config import ViewsConfig
 from medclr.scans.modality import MODALITIES, Modality
 
@@ -116,14 +116,14 @@ def replay(images: Tensor, drawn: tuple[Drawn, ...]) -> Tensor:
     """One view of images [B,1,H,W] in physical units by recorded parameters: [B,1,s,s] in [0,1]."""
     views = []
     for part in drawn:
-        view = images if len(drawn) == 1 else images.index_select(0, part.rows.to(images.device))  # [m,1,H,W]
+        view = images if len(drawn) == 1 else images.index_select(0, send(part.rows, images.device))  # [m,1,H,W]
         for position, (transform, params) in enumerate(zip(part.chain, part.params, strict=True)):
             view = transform.apply(view, params, inplace=position > 0)  # the first step makes new images
         views.append(view)
     if len(views) == 1:
         return views[0]
-    order = torch.cat([part.rows for part in drawn]).argsort().to(images.device)  # [B]
-    return torch.cat(views).index_select(0, order)
+    order = torch.cat([part.rows for part in drawn]).argsort()  # [B]
+    return torch.cat(views).index_select(0, send(order, images.device))
 
 
 def two_views(
