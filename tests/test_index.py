@@ -253,7 +253,7 @@ def test_copies_are_one_patient_unless_somebody_says_otherwise(ward: Ward) -> No
     ward.out.unlink()
     summary = ward.index(modality="MR", patient_pattern=r"^(\w+)\.nii")
     assert (summary.patients, summary.shared_copies) == (2, 2)
-    assert "2 scans are byte for byte the same" in str(summary)
+    assert "2 scans byte for byte the same" in str(summary)
 
 
 def test_whose_it_is(ward: Ward, tmp_path: Path) -> None:

@@ -61,16 +61,20 @@ class IndexSummary:
 
     def __str__(self) -> str:
         text = (
-            f"{self.manifest}: {self.scans:,} scans of {self.patients:,} patients, {self.slices:,} slices;"
-            f" {self.added:,} scans are new"
+            f"{self.manifest}: {_count(self.scans, 'scan')} of {_count(self.patients, 'patient')},"
+            f" {_count(self.slices, 'slice')}; {self.added:,} new"
         )
         if self.rejected:
-            text += f"\n{rejected_path(self.manifest)}: {self.rejected:,} files could not be used, with the reasons"
+            text += f"\n{rejected_path(self.manifest)}: {_count(self.rejected, 'file')} could not be used, and why"
         if self.shared_copies:
             text += (
-                f"\n{self.shared_copies:,} scans are byte for byte the same as a scan of another patient; check whose"
+                f"\n{_count(self.shared_copies, 'scan')} byte for byte the same as one of another patient; whose is it?"
             )
         return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)

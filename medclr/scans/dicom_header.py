@@ -3,6 +3,7 @@
 Read without the pixels and, for speed, without pydicom's conversions: values come straight from their bytes.
 """
 
+import math
 import re
 import sys
 import warnings
@@ -282,7 +283,7 @@ def _numbers(dataset: Dataset, name: str, count: int) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split("\\"))
     except ValueError:
         raise ScanError(f"has a {name} that is no number") from None
-    return values if len(values) == count and np.isfinite(values).all() else ()
+    return values if len(values) == count and all(map(math.isfinite, values)) else ()
 
 
 def _pixel_spacing(dataset: Dataset) -> tuple[float, float] | None:
