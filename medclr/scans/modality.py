@@ -70,17 +70,20 @@ MODALITIES: dict[str, Modality] = {
             display=Window("abdomen wide", 0, 1000), rotation_deg=10,
         ),
         Modality(
-            "MR", dicom=("MR",), aliases=("mr", "mri", "t1w", "t2w", "flair", "t1", "t2", "pd", "pdw", "dwi", "adc", "t2star",
-                                          "t2starw", "bold", "swi", "inplanet1", "inplanet2"),
+            "MR", dicom=("MR",), aliases=("mr", "mri", "t1w", "t2w", "flair", "t1", "t2", "pd", "pdw", "dwi", "adc",
+                                          "t2star", "t2starw", "bold", "swi", "inplanet1", "inplanet2"),
             scaling="percentile", air=0.0, flip_lr=True, rotation_deg=15,
         ),
-        Modality("XR", dicom=("CR", "DX", "RG", "RF", "XA", "MG", "IO", "PX"), aliases=("xr", "cxr", "dx", "cr", "x-ray", "xray"),
-                 scaling="percentile", air=0.0, rotation_deg=10),
+        Modality(
+            "XR", dicom=("CR", "DX", "RG", "RF", "XA", "MG", "IO", "PX"),
+            aliases=("xr", "cxr", "dx", "cr", "x-ray", "xray"), scaling="percentile", air=0.0, rotation_deg=10,
+        ),
         Modality("US", dicom=("US", "IVUS"), aliases=("us", "ultrasound"), scaling="percentile", air=0.0, flip_lr=True,
                  rotation_deg=10),
         Modality("PT", dicom=("PT",), aliases=("pet", "pt"), scaling="percentile", air=0.0, rotation_deg=10),
         Modality("NM", dicom=("NM",), aliases=("nm", "spect"), scaling="percentile", air=0.0, rotation_deg=10),
-        Modality("OT", dicom=("OT", "SC", "ES", "XC", "OP", "GM", "SM"), aliases=("ot", "other"), scaling="percentile", air=0.0),
+        Modality("OT", dicom=("OT", "SC", "ES", "XC", "OP", "GM", "SM"), aliases=("ot", "other"), scaling="percentile",
+                 air=0.0),
     )
 }  # fmt: skip
 
