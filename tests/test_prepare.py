@@ -251,7 +251,9 @@ def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):
     scans[3]["mask"] = other_grid
     summary = prepare(save_manifest(tmp_path / "m.csv", scans), tmp_path / "store", size_px=8)
     assert (summary.n_scans, summary.n_rejected) == (1, 3)
-    assert "3 scans could not be decoded, see rejected.csv" in str(summary)
+    first, second = str(summary).splitlines()
+    assert first.endswith("is written: 5 slices of 1 scan of 1 patient")
+    assert second.endswith("rejected.csv: 3 scans could not be decoded, and why")
     with (tmp_path / "store" / "rejected.csv").open() as file:
         rejected = list(csv.DictReader(file))
     assert [row["path"] for row in rejected] == ["cut.nii.gz", "flat.nii.gz", "good.nii.gz"]

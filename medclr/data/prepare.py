@@ -67,11 +67,11 @@ class PrepareSummary:
 
     def __str__(self) -> str:
         state = "is complete already" if self.was_complete else "is written"
-        rejected = f"; {self.n_rejected:,} scans could not be decoded, see rejected.csv" if self.n_rejected else ""
-        return (
-            f"{self.store} {state}: {self.n_slices:,} slices of {self.n_scans:,} scans"
-            f" of {self.n_patients:,} patients{rejected}"
-        )
+        counts = (self.n_slices, "slice"), (self.n_scans, "scan"), (self.n_patients, "patient")
+        text = f"{self.store} {state}: " + " of ".join(f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in counts)
+        if self.n_rejected:
+            text += f"\n{self.store / 'rejected.csv'}: {self.n_rejected:,} scans could not be decoded, and why"
+        return text
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
         out: folder of the store; new, or left by the same command.
         size_px: side of the square slices. A slice that is larger is shrunk to fit, its aspect in millimetres kept; a
             smaller one is never enlarged, and its values stay exact. Shrunk CT is rounded to whole Hounsfield units.
-        workers: processes that decode side by side.
+        workers: processes that decode side by side. A script that asks for several must guard its entry with
+            ``if __name__ == "__main__"``, as each worker imports it.
 
     Raises:
         MedclrError: the manifest or a file of it is missing or has changed, no scan can be decoded, ``out`` holds

@@ -258,7 +258,7 @@ def verify(store: Path) -> str:
     for name, column in slice_table(opened.scans, info.modalities, info.labels).items():
         if not np.array_equal(column, opened.column(name)):
             raise MedclrError(f"{opened.path / 'slices.arrow'}: column {name} contradicts scans.csv; {_REMAKE}")
-    return f"{store} is whole: {info.n_slices:,} slices of {info.n_scans:,} scans in {len(info.files)} files"
+    return f"{store} is whole: {info.n_slices:,} slices of {info.n_scans:,} scans in {len(info.files):,} files"
 
 
 def to_source_grid(labels: NDArray[Any], scan: StoredScan) -> NDArray[Any]:
