@@ -52,9 +52,9 @@ def save_manifest(path: Path, scans: list[dict]) -> Path:
 
 
 def mixed_cohort(folder: Path, seed: int = 0) -> Path:
-    """Manifest of 3 CT volumes of 8 patients' scans, 3 MR volumes (2 with masks) and 4 radiographs with labels.
+    """Manifest of 3 CT volumes, 3 MR volumes (2 with masks) and 4 radiographs (3 with labels) of 8 patients.
 
-    Patient 1 has a CT and an MR. The CT are whole numbers, the MR are fractions.
+    Patients 1 and 2 have a CT and an MR. The CT are whole numbers, the MR are fractions.
     """
     rng = np.random.default_rng(seed)
     scans = []

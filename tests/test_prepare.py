@@ -12,12 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from cohort import mixed_cohort, save_manifest, save_nifti
+from conftest import shared_data
 from numpy.typing import NDArray
+from pydicom import dcmread
 
 import medclr.data.prepare as preparing
+from medclr.data.index import index
 from medclr.data.manifest import SourceFiles, read_manifest
 from medclr.data.prepare import encode, encode_mask, encoding_of, plan, prepare
 from medclr.data.store import Store, to_source_grid, verify
@@ -346,6 +350,29 @@ def test_a_bug_of_ours_names_the_file(tmp_path, monkeypatch):
 def test_nonsense_settings(tmp_path, size_px, workers):
     with pytest.raises(MedclrError, match="both must be at least 1"):
         prepare(tmp_path / "m.csv", tmp_path / "store", size_px=size_px, workers=workers)
+
+
+# Real scans
+
+
+def test_a_real_ct_volume_keeps_its_voxels_and_labels(tmp_path):
+    source = shared_data("ct_body")
+    ct = {"path": source / "ct.nii.gz", "modality": "CT", "mask": source / "labels_117.nii.gz"}
+    prepare(save_manifest(tmp_path / "ct.csv", [ct]), tmp_path / "store", size_px=128)
+    store = Store(tmp_path / "store")
+    for kind, name in ((store.physical, "ct.nii.gz"), (store.masks, "labels_117.nii.gz")):
+        voxels = np.asarray(nib.load(source / name).dataobj)
+        np.testing.assert_array_equal(to_source_grid(kind(store.indices()), store.scans[0]), voxels)
+
+
+def test_a_real_ct_series_keeps_its_hounsfield_units(tmp_path):
+    folder = shared_data("ct_abdomen_dicom")
+    index([folder], tmp_path / "ct.csv", key_file=tmp_path / "key")
+    prepare(tmp_path / "ct.csv", tmp_path / "store", size_px=512)
+    slices = sorted(map(dcmread, folder.iterdir()), key=lambda slice_: slice_.ImagePositionPatient[2])
+    hu = [slice_.pixel_array * slice_.RescaleSlope + slice_.RescaleIntercept for slice_ in slices]
+    store = Store(tmp_path / "store")
+    np.testing.assert_array_equal(store.physical(store.indices()), np.array(hu, dtype=np.float32))
 
 
 # Processes: these need a real command, as workers are new interpreters

@@ -202,8 +202,8 @@ def encoding_of(scan: Scan, size_px: int) -> Encoding:
     and a slice with square pixels that fits is not resampled at all. It is centred.
 
     The numbers: whole-numbered voxels that span at most 65535 are stored as they are, less their minimum (scale 1), if
-    they are not resampled, or if they are Hounsfield units, which are then rounded to whole ones. In all other cases
-    the scan's own range is spread over the 16 bits, and rounding errs by at most half of (max - min) / 65535.
+    they are not resampled, or if they are in absolute units (CT), to whole ones of which they are then rounded. In all
+    other cases the scan's own range is spread over the 16 bits; rounding errs by at most half of (max - min) / 65535.
 
     Raises:
         ScanError: all voxels are equal.
@@ -218,14 +218,14 @@ def encoding_of(scan: Scan, size_px: int) -> Encoding:
     low, high = _percentiles(scan.voxels)
     if low == high:  # nearly all voxels are alike, as in a mask-like or mostly empty scan
         low, high = lowest, highest
-    table_air = MODALITIES[scan.modality].air
-    air = lowest if table_air is None else table_air
+    modality = MODALITIES[scan.modality]
+    air = lowest if modality.air is None else modality.air
     bottom, top = min(lowest, air), max(highest, air)
     scale = float(np.float32((top - bottom) / 65535))
     if lowest == highest or scale == 0:
         raise ScanError(f"every voxel is {lowest:g}: there is nothing to see")
-    exact = (h, w) == (height, width) or scan.modality == "CT"
-    if exact and top - bottom <= 65535 and bottom.is_integer() and _whole(scan.voxels):
+    keeps_units = (h, w) == (height, width) or modality.scaling == "window"  # such as Hounsfield's
+    if keeps_units and top - bottom <= 65535 and bottom.is_integer() and _whole(scan.voxels):
         scale = 1.0
     return Encoding((size_px - h) // 2, (size_px - w) // 2, h, w, scale, bottom, low, high, air)
 
