@@ -209,6 +209,7 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
     import argparse
 
     known = [option for action in parser._actions for option in action.option_strings]
+    arguments = [_underscored(word, known) for word in arguments]
     for word in arguments:
         name = word.split("=", 1)[0]
         if name.startswith("--") and len(name) > 2 and name not in known:
@@ -258,6 +259,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MedclrError(f"{path}: expected settings as 'name: value' lines")
     return content
+
+
+def _underscored(word: str, known: Sequence[str]) -> str:
+    """``--key-file`` is ``--key_file``: either spelling is accepted."""
+    name, equals, value = word.partition("=")
+    spelled = "--" + name.removeprefix("--").replace("-", "_")
+    return spelled + equals + value if name.startswith("--") and name not in known and spelled in known else word
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

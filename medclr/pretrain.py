@@ -52,7 +52,7 @@ CURVES = {
 
 
 LOG_EVERY = 10
-"""Steps between two rows of metrics.jsonl."""
+"""Steps between two rows of metrics.jsonl; the first and the last step have theirs too."""
 
 
 SETTLED_STEPS = 50
@@ -106,9 +106,7 @@ def pretrain(
 def command(arguments: Sequence[str]) -> RunSummary:
     """``medclr pretrain``: the options are the fields of PretrainConfig and of the chosen method's Config."""
     request = read_settings(arguments)
-    store = Store(request.store)
-    _open_run(request)
-    return _train(request, store)
+    return _train(request, Store(request.store))
 
 
 @dataclass(frozen=True)
@@ -187,6 +185,7 @@ def _train(request: Request, store: Store) -> RunSummary:
     indices = store.indices(settings.data.split)  # [n]
     loader = Loader(store, indices, settings.batch, settings.seed, slices_per_scan=settings.data.slices_per_scan)
     total = settings.epochs * loader.steps_per_epoch
+    _open_run(request)  # after all that can be refused: a run that never started leaves nothing
 
     torch.manual_seed(settings.seed)  # initial weights; nothing later draws from the global generator
     encoder = build_encoder(settings.encoder, settings.views.size_px)
@@ -229,7 +228,7 @@ def _train(request: Request, store: Store) -> RunSummary:
     ):
         for epoch in range(step // loader.steps_per_epoch, settings.epochs):
             for batch in loader.epoch(epoch, start_step=step % loader.steps_per_epoch):
-                views = two_views(batch.to(device), settings.views, seed=settings.seed, step=step)  # a, b [B,1,s,s]
+                views = two_views(batch, settings.views, seed=settings.seed, step=step, device=device)  # a, b [B,1,s,s]
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * warmup_cosine(step, total, warmup_steps)
                 method.train()
@@ -241,7 +240,7 @@ def _train(request: Request, store: Store) -> RunSummary:
                 step += 1
 
                 now = time.perf_counter()
-                if step % LOG_EVERY == 0 or step == total:
+                if step % LOG_EVERY == 0 or step in (1, total):
                     row = {
                         "loss": loss.item(),
                         **{name: float(value) for name, value in logs.items()},

@@ -260,7 +260,7 @@ def logistic(
 
 CLASSIFIERS: Mapping[str, Classifier] = {"knn": knn, "logistic": logistic}
 
-PENALTIES = tuple(10.0 ** (e / 2) for e in range(-10, 3))
+PENALTIES: tuple[float, ...] = tuple(10.0 ** (e / 2) for e in range(-10, 3))
 """Values of C, from strong to weak, that cross-validation chooses among."""
 
 DEFAULT_PENALTY = 1e-2
@@ -287,7 +287,7 @@ def _choose_penalty(z: NDArray[np.floating[Any]], y: Ints, patient: NDArray[np.s
         return DEFAULT_PENALTY
     weight = compute_sample_weight("balanced", y)  # [r]
     models = [_logistic(PENALTIES[0], warm_start=True) for _ in parts]  # each goes on from the penalty before
-    best, chosen = math.inf, PENALTIES[0]
+    best, chosen = math.inf, float(PENALTIES[0])
     for c in PENALTIES:
         loss = 0.0
         for model, (fit, held) in zip(models, parts, strict=True):

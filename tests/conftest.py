@@ -14,3 +14,33 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"real scans {name!r} are not present; set MEDCLR_SHARED_DATA to their folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def image_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 48 images of 24 patients in two classes, stripes that lie or stand, each over clouds of its own."""
+    import numpy as np
+    from PIL import Image
+    from scipy.ndimage import gaussian_filter
+
+    from medclr.data.index import index
+    from medclr.data.prepare import prepare
+
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    rows = ["file,patient_id,label"]
+    axis = np.sin(np.arange(40) / 2)
+    for number in range(48):
+        lying = number // 2 % 2
+        stripes = np.broadcast_to(axis[:, None] if lying else axis[None, :], (40, 40))
+        clouds = gaussian_filter(rng.normal(0, 1, (40, 40)), 5, mode="wrap")
+        pixels = 120 + 40 * stripes + 60 * clouds / clouds.std() + rng.normal(0, 5, (40, 40))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{number:02d}.png")
+        rows.append(f"{number:02d}.png,patient {number // 2},{'lying' if lying else 'standing'}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    manifest = root / "images.csv"
+    index(
+        [root], manifest, labels=root / "labels.csv", modality="XR", split="train=0.7,test=0.3", key_file=root / "key"
+    )
+    prepare(manifest, root / "store", size_px=32)
+    return root / "store"

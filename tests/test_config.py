@@ -4,18 +4,30 @@ from pathlib import Path
 
 import pytest
 
-from medclr.config import PretrainConfig, dataclass_options, differences, option_parser, parse, read_yaml, to_plain, to_yaml
+from medclr.config import (
+    PretrainConfig,
+    dataclass_options,
+    differences,
+    option_parser,
+    parse,
+    read_yaml,
+    to_plain,
+    to_yaml,
+)
 from medclr.errors import MedclrError
 
 
 def settings(*words: str):
-    return parse(option_parser("test", "", lambda parser: dataclass_options(parser, PretrainConfig), config=True), words)
+    def add(parser):
+        dataclass_options(parser, PretrainConfig)
+
+    return parse(option_parser("test", "", add, config=True), words)
 
 
 def test_later_settings_win_and_groups_become_dataclasses(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("epochs: 7\nviews:\n  size_px: 64\n  crop_area: [0.1, 0.9]\n")
-    read = settings("--config", str(file), "--views.size_px", "32", "--optim.lr=0.5")
+    read = settings("--config", str(file), "--views.size-px", "32", "--optim.lr=0.5")  # a dash or an underscore
     assert (read.epochs, read.views.size_px, read.views.crop_area, read.optim.lr) == (7, 32, (0.1, 0.9), 0.5)
 
 
@@ -73,7 +85,10 @@ def test_resolved_settings_survive_the_round_trip(tmp_path):
     assert differences(plain, changed) == ["epochs"]
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/pretrain/*.yaml")), ids=lambda p: p.stem)
+CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_file_is_complete_and_valid(path):
     from medclr.pretrain import read_settings
 

@@ -1,0 +1,79 @@
+"""The command line as a user meets it: fast help, one clear sentence, status 2, nothing half-written."""
+
+import subprocess
+import sys
+
+import pytest
+
+from medclr.cli import VERBS, main
+
+
+def test_help_names_every_verb(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in VERBS)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["index", "--help"], ["prepare", "--help"], ["verify", "--help"]], ids=" ".join
+)
+def test_light_verbs_import_neither_torch_nor_monai(words):
+    code = (
+        "import sys\nfrom medclr.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'monai', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_explains_each_of_its_options(verb, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main([verb, "--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    assert "(required, type" not in shown.replace("  ", "") or "--" in shown
+    assert len(shown.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["indx"], "'index'"),
+        (["index", "nowhere", "--out", "m.csv"], "nowhere"),
+        (["index", ".", "--out", "m.csv"], "holds no files"),
+        (["index", ".", "--outt", "m.csv"], "'--out'"),
+        (["index", ".", "--out", "m.csv", "--modality", "XX"], "XX"),
+        (["prepare", "m.csv", "--out", "store"], "m.csv"),
+        (["prepare", "m.csv", "--out", "store", "--size_px", "big"], "size_px"),
+        (["verify", "store"], "store"),
+        (["pretrain", "--store", "store", "--out", "run"], "store"),
+        (["pretrain", "--out", "run"], "store"),
+        (["pretrain", "--config", "nothing.yaml", "--store", "s", "--out", "r"], "nothing.yaml"),
+        (["probe", "--encoder", "run", "--store", "store"], "store"),
+        (["embed", "--encoder", "random", "--store", "store", "--out", "f.csv"], "store"),
+        (["demo", "--out", "d", "--patients", "2"], "--patients"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence_status_2_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("medclr: ")
+    assert sentence in said
+    assert "\n" not in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_print_config_gives_a_file_that_works(tmp_path, capsys):
+    from medclr.pretrain import read_settings
+
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--epochs", "7", "--simclr.temperature", "0.3", "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    request = read_settings(["--config", str(tmp_path / "c.yaml"), "--store", "s", "--out", "o"])
+    assert (request.settings.epochs, request.own.temperature) == (7, 0.3)

@@ -1,0 +1,140 @@
+"""The loop: it learns, it resumes exactly after a kill, and it says in one sentence what it cannot do."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import medclr
+from medclr.errors import MedclrError
+from medclr.track import read_metrics
+
+SMALL = {"epochs": 3, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.sample": 32}
+
+
+EASY = {
+    "views.crop_area": "[0.7,1]",
+    "views.strength": 0.3,
+    "optim.name": "adamw",
+    "optim.lr": 1e-3,
+    "optim.lr_scaling": "none",
+}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "encoder" / "encoder.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(image_store, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    medclr.pretrain(image_store, out, settings=SMALL)
+    return out
+
+
+def test_a_run_leaves_everything_that_it_promises(run):
+    for name in ("config.yaml", "metrics.jsonl", "encoder/encoder.json", "figures/views.png", "figures/curves.png"):
+        assert (run / name).stat().st_size > 0, name
+    rows = read_metrics(run)
+    assert rows[-1]["step"] == 18
+    assert {"effective_rank", "uniformity", "knn"} <= set(rows[-1])
+    facts = json.loads((run / "encoder" / "encoder.json").read_text())
+    assert len(facts["patients"]) == 24
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_loss_falls(image_store, tmp_path):
+    medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 8, **EASY})
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_same_settings_give_the_same_weights(run, image_store, tmp_path):
+    medclr.pretrain(image_store, tmp_path / "again", settings=SMALL)
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(tmp_path / "again")[name]), name
+
+
+def command(store: Path, out: Path, *more: str) -> list[str]:
+    words = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "medclr", "pretrain", "--store", str(store), "--out", str(out), *words, *more]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_a_stopped_run_goes_on_to_the_same_weights(run, image_store, tmp_path, stop):
+    out = tmp_path / "run"
+    often = ("--monitor.checkpoint_minutes", "0.00001")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command(image_store, out, *often), stderr=subprocess.PIPE, text=True, env=environment)
+    while not list(out.glob("checkpoints/step-*.pt.sha256")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    if stop == signal.SIGINT:
+        assert "saved step" in said
+    subprocess.run(command(image_store, out, *often), check=True, env=environment, capture_output=True)
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(out)[name]), name
+    steps = [row["step"] for row in read_metrics(out) if "loss" in row]
+    assert steps == sorted(set(steps)), "a stretch that was run twice stands once in the metrics"
+
+
+def test_a_truncated_checkpoint_is_noticed(run, image_store, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    for checkpoint in (broken / "checkpoints").glob("*.pt"):
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(MedclrError, match="checkpoint is damaged"):
+        medclr.pretrain(image_store, broken, settings=SMALL)
+
+
+def test_other_settings_never_touch_an_existing_run(run, image_store):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(MedclrError, match=r"other settings \(seed, simclr.temperature\)"):
+        medclr.pretrain(image_store, run, settings={**SMALL, "seed": 1, "simclr.temperature": 0.3})
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_no_run_is_left_alone(image_store, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years")
+    with pytest.raises(MedclrError, match="not a run"):
+        medclr.pretrain(image_store, tmp_path, settings=SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"batch": 1000}, "1000"),
+        ({"data.split": "training"}, "split 'training'"),
+        ({"method": "simclrr"}, "'simclr'"),
+        ({"device": "quantum"}, "device"),
+        ({"simclr.temperature": -1}, "temperature"),
+        ({"simclr.temprature": 0.1}, "simclr.temperature"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_leaves_nothing(image_store, tmp_path, settings, sentence):
+    out = tmp_path / "run"
+    with pytest.raises(MedclrError) as error:
+        medclr.pretrain(image_store, out, settings={**SMALL, **settings})
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("settings", [{"optim.name": "adamw", "optim.lr": 1e-3, "optim.lr_scaling": "none"},
+                                      {"optim.name": "sgd"}, {"simclr.head_layers": 3}, {"encoder.stem": "medium"},
+                                      {"precision": "bfloat16"}], ids=str)  # fmt: skip
+def test_other_choices_run(image_store, tmp_path, settings):
+    summary = medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 1, **settings})
+    assert summary.steps == 6
