@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     manifest = mixed_cohort(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(preparing.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-        with pytest.raises(MedclrError, match=r"the store needs 0\.0 GB more and the disk has 0\.0 GB; make room"):
+        with pytest.raises(MedclrError, match=r"the store needs 0 MB more and the disk has 0 MB; make room"):
             prepare(manifest, tmp_path / "store", size_px=16)
 
     def full(file_number: int) -> None:

@@ -107,15 +107,15 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
     """Decode each scan of a manifest once, into a slice store.
 
     An interrupted run goes on when the same command is given again. A scan that cannot be decoded is listed in
-    rejected.csv of the store, with the reason.
+    rejected.csv of the store, with the reason. A script that asks for several workers must guard its entry with
+    ``if __name__ == "__main__"``, as each of them imports it.
 
     Args:
         manifest: NAME.csv that medclr index wrote.
         out: folder of the store; new, or left by the same command.
         size_px: side of the square slices. A slice that is larger is shrunk to fit, its aspect in millimetres kept; a
             smaller one is never enlarged, and its values stay exact. Shrunk CT is rounded to whole Hounsfield units.
-        workers: processes that decode side by side. A script that asks for several must guard its entry with
-            ``if __name__ == "__main__"``, as each worker imports it.
+        workers: processes that decode side by side.
 
     Raises:
         MedclrError: the manifest or a file of it is missing or has changed, no scan can be decoded, ``out`` holds
@@ -567,8 +567,8 @@ def _check_space(out: Path, shards: Sequence[Shard], size_px: int) -> None:
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if needed > free:
         raise MedclrError(
-            f"{out}: the store needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB; make room, choose"
-            " another --out or a smaller --size-px"
+            f"{out}: the store needs {needed / 1e6:,.0f} MB more and the disk has {free / 1e6:,.0f} MB; make room,"
+            " choose another --out or a smaller --size-px"
         )
 
 
