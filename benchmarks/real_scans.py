@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import medclr
+from medclr.figures import score_plot
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"
 
@@ -77,8 +78,19 @@ def cxr(data: Path, out: Path) -> None:
     started, cpu = time.perf_counter(), time.process_time()
     print(medclr.pretrain(own_store, run, config=CONFIGS / "xray.yaml", settings=CXR))
     print(f"pretraining: {time.perf_counter() - started:.0f} s wall, {time.process_time() - cpu:.0f} s of CPU")
-    for encoder, store in ((str(run), own_store), ("random", own_store), ("imagenet", imagenet_store)):
-        print(medclr.probe(encoder, store, out=out / f"probe_{Path(encoder).name}"))
+    encoders = {
+        "SimCLR": (str(run), own_store),
+        "ImageNet": ("imagenet", imagenet_store),
+        "random": ("random", own_store),
+    }
+    series = {}
+    for name, (encoder, store) in encoders.items():
+        report = medclr.probe(encoder, store, out=out / f"probe_{name}")
+        print(report)
+        scores = [s for s in report.scores if (s.classifier, s.metric) == ("logistic", "macro AUC")]
+        series[name] = [(s.train_patients, s.mean, s.low, s.high) for s in scores]
+    title = f"Chest X-rays, frozen features: {scores[0].seeds} seeds, {scores[0].test_patients} test patients"
+    score_plot(out / "scores.png", series, "macro AUC (95 % interval over patients)", title)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """medclr: contrastive pretraining on unlabelled hospital scans.
 
-The public API is the verbs of the command line as functions, and ``load_encoder``. Each is imported when first used.
+The public API is the verbs of the command line as functions, with ``load_encoder`` and ``read_views`` for own code.
+Each is imported when first used.
 """
 
 import importlib
@@ -18,15 +19,30 @@ _API = {
     "probe": "medclr.probe",
     "embed": "medclr.embed",
     "load_encoder": "medclr.models.encoder",
+    "read_views": "medclr.embed",
+    "demo": "medclr.demo",
 }
 
-__all__ = ["__version__", "embed", "index", "load_encoder", "prepare", "pretrain", "probe", "verify"]
+__all__ = [
+    "__version__",
+    "demo",
+    "embed",
+    "index",
+    "load_encoder",
+    "prepare",
+    "pretrain",
+    "probe",
+    "read_views",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from medclr.data.index import index as index
     from medclr.data.prepare import prepare as prepare
     from medclr.data.store import verify as verify
+    from medclr.demo import demo as demo
     from medclr.embed import embed as embed
+    from medclr.embed import read_views as read_views
     from medclr.models.encoder import load_encoder as load_encoder
     from medclr.pretrain import pretrain as pretrain
     from medclr.probe import probe as probe

@@ -11,16 +11,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from medclr import figures
 from medclr.augment.views import plain_view
 from medclr.config import nearest
-from medclr.data.loader import load_batch
+from medclr.data.loader import Batch, load_batch
+from medclr.data.prepare import encode, encoding_of
 from medclr.data.store import Store, StoredScan
 from medclr.errors import MedclrError
 from medclr.files import writing
+from medclr.models.encoder import Encoder
 from medclr.models.frozen import Frozen, open_encoder
 from medclr.progress import progress
+from medclr.scans import read
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,44 @@ def extract(model: Frozen, store: Store, indices: NDArray[np.int64], batch: int 
             parts.append(model(plain_view(piece, model.size_px)).float().cpu())  # [b,F]
             advance(len(piece.index))
     return torch.cat(parts).numpy()
+
+
+def read_views(
+    path: Path | str, encoder: Encoder, *, store_px: int | None = None, modality: str | None = None
+) -> Tensor:
+    """The slices of one scan, as the encoder expects them and as ``embed`` shows them to it.
+
+    Args:
+        path: a NIfTI volume, an image, or the folder of one DICOM series.
+        encoder: from ``load_encoder``; its ``size_px`` is the side of the views.
+        store_px: side of the slices in between, as ``--size-px`` of ``prepare``; None: the encoder's.
+        modality: for files that do not record it.
+
+    Returns:
+        [D,1,s,s] in [0,1].
+
+    Raises:
+        ScanError: the scan cannot be read.
+    """
+    path = Path(path)
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    scan = read(files, modality)
+    size = store_px or encoder.size_px
+    encoding = encoding_of(scan, size)
+    stored = np.stack([square.copy() for square in encode(scan.voxels, encoding, size)])  # [D,S,S]
+    images = torch.from_numpy(stored.astype(np.float32) * np.float32(encoding.scale) + np.float32(encoding.offset))
+    depth = len(images)
+
+    def constant(value: float, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((depth,), value, dtype=kind)  # [D]
+
+    none, order = constant(-1, torch.int64), torch.arange(depth)
+    batch = Batch(
+        index=order, images=images[:, None], low=constant(encoding.low), high=constant(encoding.high),
+        air=constant(encoding.air), modality=constant(0, torch.int64), scan=none, patient=none, slice_index=order,
+        position=constant(0.5), label=none, modalities=(scan.modality,),
+    )  # fmt: skip
+    return plain_view(batch, encoder.size_px)
 
 
 def scan_means(features: NDArray[np.float32], scan: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -1,6 +1,7 @@
 """Features as a table: the same from embed, from load_encoder, and from a scan read by hand."""
 
 import csv
+import hashlib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,6 +39,17 @@ def test_load_encoder_agrees_with_embed(run, image_store, tmp_path):
         with torch.inference_mode():
             expected = encoder(((x - low) / (high - low)).clamp(0, 1))
         assert features[row] == pytest.approx(expected[0].numpy(), abs=1e-5)
+
+
+def test_a_scan_read_by_hand_has_the_features_of_embed(run, image_store, tmp_path):
+    medclr.embed(str(run), image_store, tmp_path / "f.parquet")
+    table, features = read(tmp_path / "f.parquet")
+    encoder = medclr.load_encoder(run)
+    digest = hashlib.sha256((image_store.parent / "05.png").read_bytes()).hexdigest()
+    scan_id = next(scan.scan_id for scan in Store(image_store).scans if scan.sha256 == digest)
+    with torch.inference_mode():
+        by_hand = encoder(medclr.read_views(image_store.parent / "05.png", encoder, store_px=32, modality="XR"))
+    assert by_hand.numpy() == pytest.approx(features[[table["scan_id"].index(scan_id)]], abs=1e-5)
 
 
 def test_a_table_holds_each_scan_once_with_its_facts(run, image_store, tmp_path):

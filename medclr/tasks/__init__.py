@@ -1,1 +1,0 @@
-"""Downstream tasks: one file each, with its head, loss and metrics."""
