@@ -26,7 +26,7 @@ ROADS = {
 }
 """Folder -> settings file and what the files do not say themselves."""
 
-CXR = {"views.size_px": 64, "epochs": 100, "batch": 128, "precision": "bfloat16", "data.split": "train"}
+CXR = {"views.size_px": 64, "epochs": 60, "batch": 128, "precision": "bfloat16", "data.split": "train"}
 
 
 def public_key(out: Path) -> Path:

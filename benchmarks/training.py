@@ -20,6 +20,7 @@ from medclr.augment.views import two_views
 from medclr.config import EncoderConfig, ViewsConfig
 from medclr.data.loader import Loader
 from medclr.data.store import Store
+from medclr.memory import keep_freed_memory
 from medclr.methods.simclr import Config, Method
 from medclr.models.encoder import build_encoder
 from medclr.optim.lars import build_optimizer, param_groups
@@ -50,9 +51,12 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     for name, default in (("size-px", 64), ("batch", 128), ("steps", 10), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--keep-freed-memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.keep_freed_memory:
+        keep_freed_memory()
 
     torch.manual_seed(0)
     encoder = build_encoder(EncoderConfig("resnet18"), given.size_px)

@@ -21,8 +21,10 @@ from medclr.data.prepare import encode, encoding_of
 from medclr.data.store import Store, StoredScan
 from medclr.errors import MedclrError
 from medclr.files import writing
+from medclr.memory import keep_freed_memory
 from medclr.models.encoder import Encoder
 from medclr.models.frozen import Frozen, open_encoder
+from medclr.models.weights import ResNetName
 from medclr.progress import progress
 from medclr.scans import read
 
@@ -48,6 +50,7 @@ def embed(
     per: Literal["scan", "slice"] = "scan",
     colour: str = "label",
     weights: Path | None = None,
+    fetch: ResNetName | None = None,
     seed: int = 0,
 ) -> EmbedSummary:
     """Write features as a table, and a picture of them.
@@ -59,6 +62,7 @@ def embed(
         per: One row a scan (mean over its slices) or one a slice.
         colour: Column of the store's scans.csv that colours the picture.
         weights: File with ImageNet weights in torchvision's format, for ``--encoder imagenet``.
+        fetch: Download torchvision's weights of this ResNet instead, checked by their hash, for ``--encoder imagenet``.
         seed: Seed of ``--encoder random``, and of the picture's layout.
     """
     if out.suffix not in (".parquet", ".csv"):
@@ -69,7 +73,7 @@ def embed(
     columns = [field.name for field in fields(StoredScan)]
     if colour not in columns:
         raise MedclrError(f"--colour {colour}: is no column of {store / 'scans.csv'}{nearest(colour, columns)}")
-    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights, seed=seed)
+    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights, fetch=fetch, seed=seed)
     features = extract(model, opened, np.arange(len(opened)))  # [n,F]
     scan = opened.column("scan")  # [n]
     if per == "scan":
@@ -96,6 +100,7 @@ def embed(
 def extract(model: Frozen, store: Store, indices: NDArray[np.int64], batch: int = 128) -> NDArray[np.float32]:
     """Features [n,F] of the slices at ``indices``, from the frozen encoder in eval mode on plain views."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_freed_memory()
     parts = []
     with torch.inference_mode(), progress("embed", len(indices), "slices") as advance:
         for start in range(0, len(indices), batch):

@@ -35,6 +35,7 @@ from medclr.data.loader import Loader, load_batch
 from medclr.data.store import Store
 from medclr.errors import MedclrError
 from medclr.files import write_text
+from medclr.memory import keep_freed_memory
 from medclr.models.encoder import Encoder, build_encoder
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
@@ -182,6 +183,7 @@ def _open_run(request: Request) -> None:
 def _train(request: Request, store: Store) -> RunSummary:
     settings, out = request.settings, request.out
     device = _device(settings.device)
+    keep_freed_memory()
     indices = store.indices(settings.data.split)  # [n]
     loader = Loader(store, indices, settings.batch, settings.seed, slices_per_scan=settings.data.slices_per_scan)
     total = settings.epochs * loader.steps_per_epoch

@@ -24,7 +24,9 @@ from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError
 from medclr.files import write_text
 from medclr.models.frozen import open_encoder
+from medclr.models.weights import ResNetName
 from medclr.progress import progress
+from medclr.scans.modality import modality_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -90,8 +92,10 @@ def probe(
     *,
     budgets: list[str] = ["1%", "10%", "100%"],  # noqa: B006  (never changed; a list is what the command line shows)
     seeds: int = 5,
+    modality: str | None = None,
     out: Path | None = None,
     weights: Path | None = None,
+    fetch: ResNetName | None = None,
     test_share: float = 0.3,
     resamples: int = 1000,
 ) -> ProbeReport:
@@ -102,8 +106,10 @@ def probe(
         store: Slice store with labels.
         budgets: Labelled training patients: counts (20) or percentages (10%).
         seeds: Draws of each budget.
+        modality: Score the scans of this modality alone, in a store that holds several.
         out: Folder for the table and the picture; only printed without it.
         weights: File with ImageNet weights in torchvision's format, for ``--encoder imagenet``.
+        fetch: Download torchvision's weights of this ResNet instead, checked by their hash, for ``--encoder imagenet``.
         test_share: Share of patients held out by a hash of their id, where the manifest names no train and test split.
         resamples: Bootstrap samples of the test patients.
 
@@ -116,8 +122,8 @@ def probe(
         raise MedclrError("--seeds must be at least 1")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MedclrError(f"--out {out}: exists already; choose another folder or remove it")
-    data = _labelled(opened, test_share)
-    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights)
+    data = _labelled(opened, test_share, modality_of(modality).name if modality else None)
+    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights, fetch=fetch)
     features = extract(model, opened, data.slices)  # [slices,F]
     x, _ = scan_means(features, opened.column("scan")[data.slices])  # [n,F]
 
@@ -165,9 +171,14 @@ class _Labelled:
     """Training patients; all others are test patients."""
 
 
-def _labelled(store: Store, test_share: float) -> _Labelled:
-    classes = tuple(store.info.labels)
+def _labelled(store: Store, test_share: float, modality: str | None) -> _Labelled:
+    classes = store.info.labels
     slices = np.flatnonzero(store.column("label") >= 0)
+    if modality is not None:
+        if modality not in store.info.modalities:
+            known = ", ".join(store.info.modalities)
+            raise MedclrError(f"--modality {modality}: {store.path} has none of it; it has {known}")
+        slices = slices[store.column("modality")[slices] == store.info.modalities.index(modality)]
     if len(classes) < 2:
         raise MedclrError(f"{store.path}: a probe needs at least two classes of labels; give `medclr index` --labels")
     scans = [store.scans[s] for s in np.unique(store.column("scan")[slices])]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "medclr"
 LAYERS = (  # a file may import what stands above it, and its own folder
-    "errors", "files", "config", "progress figures track monitor", "checkpoint distributed", "scans", "data",
+    "errors", "files", "config", "progress figures track monitor memory", "checkpoint distributed", "scans", "data",
     "augment models losses optim", "methods tasks", "embed", "pretrain finetune probe",
     "compare", "demo", "cli", "__main__",
 )  # fmt: skip

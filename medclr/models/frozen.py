@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
 from medclr.models.encoder import build_encoder, load_encoder
-from medclr.models.weights import imagenet
+from medclr.models.weights import ResNetName, imagenet
 
 
 class Frozen(Protocol):
@@ -22,28 +22,33 @@ class Frozen(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def open_encoder(name: str, *, size_px: int, weights: Path | None = None, seed: int = 0) -> Frozen:
+def open_encoder(
+    name: str, *, size_px: int, weights: Path | None = None, fetch: ResNetName | None = None, seed: int = 0
+) -> Frozen:
     """The encoder that the user names.
 
     Args:
         name: a run folder of pretraining; ``imagenet``: EfficientNet-Lite0 from its package, or the ResNet in
-            ``weights``; ``random``: a ResNet-18 as it is before any training.
+            ``weights`` or of the name ``fetch``; ``random``: a ResNet-18 as it is before any training.
         size_px: side of the images for ``random``; the others know their own.
         weights: a file of ImageNet weights in torchvision's format.
+        fetch: download torchvision's file for this ResNet, checked by its hash.
         seed: of ``random``.
 
     Raises:
         MedclrError: there is no such run, or weights are missing or do not match.
     """
-    if weights is not None and name != "imagenet":
-        raise MedclrError("--weights goes with --encoder imagenet only")
+    if (weights or fetch) and name != "imagenet":
+        raise MedclrError("--weights and --fetch go with --encoder imagenet only")
+    if weights and fetch:
+        raise MedclrError("--weights and --fetch exclude each other; give the file, or have it fetched")
     encoder: nn.Module
     if name == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = build_encoder(EncoderConfig(), size_px)
     elif name == "imagenet":
-        encoder, report = imagenet(weights)
+        encoder, report = imagenet(weights, fetch)
         print(report, file=sys.stderr)
     else:
         encoder = load_encoder(Path(name))
