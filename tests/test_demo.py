@@ -30,7 +30,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few slices, few steps, and a key under which both classes have training and test patients."""
     thin = [replace(scanner, ct_slices=5, ct_slice_mm=50, mr_slices=5, mr_slice_mm=25) for scanner in phantom.SCANNERS]
     monkeypatch.setattr(phantom, "SCANNERS", tuple(thin))
-    monkeypatch.setattr(importlib.import_module("medclr.demo"), "SETTINGS", SMALL)
+    module = importlib.import_module("medclr.demo")
+    monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | SMALL)
     monkeypatch.setattr(privacy.os, "urandom", lambda count: b"\0" * count)
 
 
