@@ -3,6 +3,7 @@
 Nothing heavy is imported before the verb is known: ``medclr --help`` answers at once.
 """
 
+import errno
 import importlib
 import signal
 import sys
@@ -67,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedclrError as error:
         print(f"medclr: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("medclr: the disk is full; free some space and run the same command again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interruption:
         print(f"medclr: {str(interruption) or 'interrupted; the same command again continues'}", file=sys.stderr)
         return 130
@@ -93,12 +99,23 @@ def _run(name: str, arguments: list[str]) -> Any:
 
     def add(parser: Any) -> None:
         from inspect import signature
-        from pathlib import Path
+        from typing import get_args, get_origin
 
-        if verb.positional:
-            many = "list" in str(signature(function).parameters[verb.positional].annotation)
-            parser.add_argument(verb.positional, type=Path, **({"nargs": "+"} if many else {}))
-        parser.add_function_arguments(function, as_positional=False, skip={verb.positional} - {""})
+        from docstring_parser import parse as parse_docstring
+
+        helps = {told.arg_name: told.description for told in parse_docstring(function.__doc__ or "").params}
+        parameters = signature(function).parameters
+        by_hand = [n for n, p in parameters.items() if n == verb.positional or get_origin(p.annotation) is list]
+        parser.add_function_arguments(function, as_positional=False, skip=set(by_hand))
+        for parameter in map(parameters.__getitem__, by_hand):  # a list is given as words: --budgets 5 10%
+            several = get_origin(parameter.annotation) is list
+            kind = get_args(parameter.annotation)[0] if several else parameter.annotation
+            options: dict[str, Any] = {"type": kind, "help": helps[parameter.name]}
+            options |= {"nargs": "+"} if several else {}
+            if parameter.name == verb.positional:
+                parser.add_argument(parameter.name, **options)
+            else:
+                parser.add_argument(f"--{parameter.name}", default=parameter.default, **options)
 
     return function(**parse(option_parser(f"medclr {name}", summary, add), arguments))
 

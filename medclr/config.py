@@ -6,6 +6,8 @@ under the method's name, so that a new method needs no edit of this file.
 """
 
 import difflib
+import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -166,11 +168,16 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         _require(
             {
+                "seed": (self.seed >= 0, "at least 0"),
                 "epochs": (self.epochs >= 1, "at least 1"),
                 "batch": (self.batch >= 2, "at least 2, because a lone slice has no negatives"),
                 "optim.lr": (self.optim.lr > 0, "above 0"),
+                "optim.weight_decay": (self.optim.weight_decay >= 0, "at least 0"),
+                "optim.momentum": (0 <= self.optim.momentum < 1, "at least 0 and below 1"),
                 "optim.warmup": (0 <= self.optim.warmup < 1, "a share of the run, at least 0 and below 1"),
                 "monitor.every_epochs": (self.monitor.every_epochs >= 1, "at least 1"),
+                "monitor.sample": (self.monitor.sample >= 2, "at least 2, because spread takes two"),
+                "monitor.checkpoint_minutes": (self.monitor.checkpoint_minutes >= 0, "at least 0"),
             }
         )
 
@@ -269,7 +276,7 @@ def _underscored(word: str, known: Sequence[str]) -> str:
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if word == "--config" and following:
             yield Path(following)
         elif word.startswith("--config="):
@@ -301,8 +308,11 @@ def _plain(value: Any) -> Any:
 
 
 def _one_sentence(text: str) -> str:
-    """jsonargparse explains over several indented lines; the user gets them as one."""
-    return " ".join(text.replace("Parser key", "setting").replace("<class '", "").replace("'>", "").split())
+    """jsonargparse explains over several indented lines, in Python's words; the user gets one sentence in ours."""
+    text = " ".join(text.replace("Parser key", "setting").replace("<class '", "").replace("'>", "").split())
+    text = re.sub(r"Does not validate against any .*? Errors: - (.*) Given value type: \w+ Given", r"\1. Got", text)
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return text.replace(" - Expected a NoneType", " or null").replace("Expected a int", "Expected an int")
 
 
 def to_plain(settings: Any) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """The command line as a user meets it: fast help, one clear sentence, status 2, nothing half-written."""
 
+import errno
+import re
 import subprocess
 import sys
 
 import pytest
 
+import medclr.data.store
 from medclr.cli import VERBS, main
 
 
@@ -33,9 +36,10 @@ def test_every_verb_explains_each_of_its_options(verb, capsys):
     with pytest.raises(SystemExit) as leaving:
         main([verb, "--help"])
     assert leaving.value.code == 0
-    shown = capsys.readouterr().out
-    assert "(required, type" not in shown.replace("  ", "") or "--" in shown
-    assert len(shown.splitlines()) > 5
+    _, options = capsys.readouterr().out.split("\n\n", 1)
+    entries = re.findall(r"^  (--\w\S*|\w+)[^\n]*?(?:  +|\n +)(\S.*?)$(?=\n)", options, re.MULTILINE)
+    assert len(entries) >= 1
+    assert [name for name, told in entries if told.startswith("(")] == [], "a type or a default, and no explanation"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,8 @@ def test_every_verb_explains_each_of_its_options(verb, capsys):
         (["index", ".", "--out", "m.csv"], "holds no files"),
         (["index", ".", "--outt", "m.csv"], "'--out'"),
         (["index", ".", "--out", "m.csv", "--modality", "XX"], "XX"),
+        (["verify"], "store"),
+        (["pretrain"], "store, out"),
         (["prepare", "m.csv", "--out", "store"], "m.csv"),
         (["prepare", "m.csv", "--out", "store", "--size_px", "big"], "size_px"),
         (["verify", "store"], "store"),
@@ -54,6 +60,7 @@ def test_every_verb_explains_each_of_its_options(verb, capsys):
         (["pretrain", "--config", "nothing.yaml", "--store", "s", "--out", "r"], "nothing.yaml"),
         (["probe", "--encoder", "run", "--store", "store"], "store"),
         (["embed", "--encoder", "random", "--store", "store", "--out", "f.csv"], "store"),
+        (["probe", "--encoder", "random", "--store", "store", "--budgets"], "--budgets"),
         (["demo", "--out", "d", "--patients", "2"], "--patients"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -77,3 +84,23 @@ def test_print_config_gives_a_file_that_works(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     request = read_settings(["--config", str(tmp_path / "c.yaml"), "--store", "s", "--out", "o"])
     assert (request.settings.epochs, request.own.temperature) == (7, 0.3)
+
+
+def test_a_list_is_given_as_words(image_store, capsys):
+    words = ["probe", "--encoder", "random", "--store", str(image_store), "--budgets", "4", "50%", "--seeds", "1"]
+    assert main([*words, "--resamples", "10"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"│ 4 ", shown)
+    assert "(50%)" in shown
+    assert "100%" not in shown
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_shows(monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(medclr.data.store, "Store", full)
+    assert main(["verify", "store"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "disk is full" in said
+    assert "\n" not in said

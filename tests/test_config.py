@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from medclr.config import (
+    MonitorConfig,
+    OptimConfig,
     PretrainConfig,
     dataclass_options,
     differences,
@@ -40,6 +42,8 @@ def test_later_settings_win_and_groups_become_dataclasses(tmp_path):
         (["--views.crop_area", "0.5"], ["crop_area"]),
         (["--views.crop_area", "[0.9,0.1]"], ["views.crop_area", "smallest"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--optim.name", "adm"], ["optim.name", "one of 'lars', 'adamw', 'sgd'", "adm"]),
+        (["--views.rotation_deg", "far"], ["views.rotation_deg", "Expected a float or null", "far"]),
     ],
 )
 def test_a_wrong_option_is_one_sentence_that_names_it(words, named):
@@ -71,8 +75,8 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, text, named):
 
 
 def test_all_problems_of_a_group_are_named_at_once():
-    with pytest.raises(MedclrError, match=r"epochs.*batch"):
-        PretrainConfig(epochs=0, batch=1)
+    with pytest.raises(MedclrError, match=r"seed.*epochs.*batch.*optim.momentum.*monitor.sample"):
+        PretrainConfig(seed=-1, epochs=0, batch=1, optim=OptimConfig(momentum=1), monitor=MonitorConfig(sample=1))
 
 
 def test_resolved_settings_survive_the_round_trip(tmp_path):

@@ -116,9 +116,9 @@ def test_some_slices_of_each_scan_drawn_anew(store):
 
 
 def test_larger_than_the_data(store):
-    with pytest.raises(MedclrError, match="batch_size 64 is larger than the data: an epoch holds 55 slices"):
+    with pytest.raises(MedclrError, match="batch 64 is larger than the data: an epoch holds 55 slices"):
         Loader(store, store.indices(), 64, 0)
-    with pytest.raises(MedclrError, match="batch_size 16 is larger than the data: an epoch holds 10 slices"):
+    with pytest.raises(MedclrError, match="batch 16 is larger than the data: an epoch holds 10 slices"):
         Loader(store, store.indices(), 16, 0, slices_per_scan=1)
 
 

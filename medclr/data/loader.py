@@ -117,9 +117,9 @@ class Loader:
         self.seed = seed
         self.slices_per_scan = slices_per_scan
         if batch_size < 1 or batch_size % world_size:
-            raise MedclrError(f"batch_size {batch_size} cannot be shared evenly by {world_size} processes")
+            raise MedclrError(f"batch {batch_size} cannot be shared evenly by {world_size} processes")
         if slices_per_scan is not None and slices_per_scan < 1:
-            raise MedclrError(f"slices_per_scan {slices_per_scan} must be at least 1, or null for all")
+            raise MedclrError(f"data.slices_per_scan {slices_per_scan} must be at least 1, or null for all")
         share = batch_size // world_size
         self._rows = slice(rank * share, (rank + 1) * share)
         n_slices = len(self.order(0))
@@ -127,7 +127,7 @@ class Loader:
         """The last, partial batch of an epoch is dropped."""
         if self.steps_per_epoch == 0:
             raise MedclrError(
-                f"batch_size {batch_size} is larger than the data: an epoch holds {n_slices} slices; lower batch_size"
+                f"batch {batch_size} is larger than the data: an epoch holds {n_slices} slices; lower batch"
             )
 
     def order(self, epoch: int) -> NDArray[np.int64]:
