@@ -315,10 +315,10 @@ def test_labels_by_file_by_patient_and_by_series(ward: Ward, tmp_path: Path) -> 
         ),
         ([("file", "label"), ("a.nii", "x")], r"1 of 2 scans have no label, the first is sub-2_T1w\.nii"),
         ([("file", "label"), ("a.nii", "x"), ("sub-2_T1w.nii", "")], "1 of 2 scans have no label"),
-        ([("file", "label"), ("a.nii", "x"), ("a.nii", "y")], r"says two things of 'a\.nii'"),
+        ([("file", "label"), ("a.nii", "x"), ("a.nii", "y")], "lines 2 and 3 contradict each other"),
         ([("file", "label"), ("a.nii", "x"), ("a", "y")], r"two things of one scan, called 'a\.nii' and 'a'"),
-        ([("file", "label"), ("", "x")], "a line names no file"),
-        ([("patient_id", "label"), ("sub-9", "x")], "1 of its 1 patients have no usable scan, the first is 'sub-9'"),
+        ([("file", "label"), ("", "x")], "line 2 names no file"),
+        ([("patient_id", "label"), ("sub-9", "x")], "1 of its 1 patients have no .* that of line 2"),
         ([("name", "label")], "needs a column"),
         ([("file", "class")], "needs a column"),
         ([("patient_id",)], "needs a column label"),
@@ -332,6 +332,15 @@ def test_wrong_labels(ward: Ward, tmp_path: Path, table: list[tuple[str, ...]], 
     with pytest.raises(MedclrError, match=message):
         ward.index(modality="MR", labels=labels)
     assert not ward.out.parent.exists()
+
+
+@pytest.mark.parametrize("table", [[("DOE^JANE", "x")], [("DOE^JANE", "x"), ("DOE^JANE", "y")]])
+def test_no_patient_of_a_table_is_quoted(ward: Ward, tmp_path: Path, table: list[tuple[str, ...]]) -> None:
+    write_nifti(ward.root / "a.nii", 1)
+    labels = write_table(tmp_path / "labels.csv", ("patient_id", "label"), *table)
+    with pytest.raises(MedclrError) as error:
+        ward.index(modality="MR", labels=labels)
+    assert "DOE" not in str(error.value)
 
 
 def test_unmatched_labels_can_be_allowed(ward: Ward, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Label:
     """As the hospital writes it; '' where the table has no such column."""
     label: str
     """'' if the line only says who the patient is."""
+    line: int = field(compare=False)
+    """Where it stands in the table: messages name this, and never the patient."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def read_labels(path: Path) -> list[Label]:
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets like to write a byte order mark
             table = csv.DictReader(file)
             columns = set(table.fieldnames or ())
-            lines = list(table)
+            lines = [(table.line_num, line) for line in table]
     except OSError as error:
         raise MedclrError(f"--labels {path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -106,15 +108,19 @@ def read_labels(path: Path) -> list[Label]:
         raise MedclrError(f"--labels {path}: needs a column label, and a column file or patient_id or both")
     if "file" not in columns and "label" not in columns:
         raise MedclrError(f"--labels {path}: a table without a column file needs a column label")
-    cells = ([(line.get(name) or "").strip() for name in ("file", "patient_id", "label")] for line in lines)
-    labels = [Label(*line) for line in cells]
+
+    def cell(line: dict[str, str], name: str) -> str:
+        return (line.get(name) or "").strip()
+
+    labels = [Label(cell(line, "file"), cell(line, "patient_id"), cell(line, "label"), n) for n, line in lines]
     said: dict[str, Label] = {}
     for label in labels:
         name = label.file or label.patient
         if not name or (not label.file and "file" in columns):
-            raise MedclrError(f"--labels {path}: a line names no {'file' if 'file' in columns else 'patient'}")
-        if said.setdefault(name, label) != label:
-            raise MedclrError(f"--labels {path}: says two things of {name!r}; keep one line for it")
+            what = "file" if "file" in columns else "patient"
+            raise MedclrError(f"--labels {path}: line {label.line} names no {what}")
+        if (other := said.setdefault(name, label)) != label:
+            raise MedclrError(f"--labels {path}: lines {other.line} and {label.line} contradict each other; keep one")
     return labels
 
 

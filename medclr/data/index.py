@@ -529,10 +529,10 @@ def _label_of(
     by_patient = {key("patient", line.patient): line for line in table if not line.file}
     strangers = by_patient.keys() - {patients[i] for i in usable}
     if strangers and not allow_unmatched:
-        first = next(line.patient for pseudonym, line in by_patient.items() if pseudonym in strangers)
+        first = min(by_patient[stranger].line for stranger in strangers)
         raise MedclrError(
             f"--labels {path}: {len(strangers)} of its {len(by_patient)} patients have no usable scan, the first is"
-            f" {first!r}; take them out, or pass --allow_unmatched true"
+            f" that of line {first}; take them out, or pass --allow_unmatched true"
         )
     lines = {i: told.get(i) or by_patient.get(patients[i]) for i in usable}
     label_of = {i: line.label for i, line in lines.items() if line and line.label}
