@@ -40,7 +40,7 @@ from medclr.models.encoder import Encoder, build_encoder
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
 from medclr.progress import duration, progress
-from medclr.track import Backend, Tracker, read_metrics
+from medclr.track import Backend, Tracker, check, read_metrics
 
 CURVES = {
     "loss": "NT-Xent loss",
@@ -187,6 +187,7 @@ def _train(request: Request, store: Store) -> RunSummary:
     indices = store.indices(settings.data.split)  # [n]
     loader = Loader(store, indices, settings.batch, settings.seed, slices_per_scan=settings.data.slices_per_scan)
     total = settings.epochs * loader.steps_per_epoch
+    check(request.track)
     _open_run(request)  # after all that can be refused: a run that never started leaves nothing
 
     torch.manual_seed(settings.seed)  # initial weights; nothing later draws from the global generator

@@ -78,7 +78,8 @@ class ProbeReport:
             table.add_column(name)
         for budget, classifier in dict.fromkeys((s.budget, s.classifier) for s in self.scores):
             cells = [self.get(classifier, budget, metric) for metric in metrics]
-            shown = [f"{s.mean:.3f} ± {s.sd:.3f}\n[{s.low:.3f}, {s.high:.3f}]" for s in cells]
+            spread = ["" if math.isnan(s.sd) else f" ± {s.sd:.3f}" for s in cells]
+            shown = [f"{s.mean:.3f}{sd}\n[{s.low:.3f}, {s.high:.3f}]" for s, sd in zip(cells, spread, strict=True)]
             budget_text = f"{cells[0].train_patients}" + (f" ({budget})" if budget.endswith("%") else "")
             table.add_row(budget_text, classifier, *shown)
         text = io.StringIO()

@@ -1,7 +1,5 @@
 """SimCLR as a method, and what every method must keep to."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,26 +72,6 @@ def test_learns_to_find_the_twin() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_every_method_keeps_the_contract(name: str) -> None:
-    """Settings have defaults and are frozen; the loss is a finite scalar that trains the encoder; logs are scalars."""
-    torch.manual_seed(0)
-    module = methods.get(name)
-    config = module.Config()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(config, dataclasses.fields(config)[0].name, None)
-    encoder = TinyEncoder()
-    method = module.Method(config, encoder)
-    assert method.encoder is encoder
-    loss, logs = method.loss(*views(), None, None)
-    loss.backward()
-    assert loss.shape == ()
-    assert torch.isfinite(loss)
-    assert encoder.conv.weight.grad is not None
-    assert encoder.conv.weight.grad.abs().sum() > 0
-    assert all(value.shape == () and not value.requires_grad for value in logs.values())
 
 
 def test_unknown_method_names_the_nearest() -> None:

@@ -162,11 +162,11 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
             warnings.simplefilter("ignore")
             dataset = dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_TAGS.values()))
             header = header_of(path, dataset)
+            _check_length(dataset, header, file)
     except (ScanError, OSError):
         raise
     except Exception as error:  # whatever pydicom makes of broken bytes
         raise ScanError(f"cannot be read as DICOM ({type(error).__name__})") from error
-    _check_length(dataset, header, file)
     return header
 
 
