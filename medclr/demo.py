@@ -22,10 +22,9 @@ class DemoSummary:
 
     def __str__(self) -> str:
         shown = "\n".join(f"  {picture}" for picture in self.pictures)
-        return (
-            f"\n{self.table}\n\nA cohort this small shows the road, not a result: "
-            f"see how wide the intervals are.\n\nPictures to look at:\n{shown}\nThe whole road took {duration(self.seconds)}."
-        )
+        caution = "A cohort this small shows the road, not a result: see how wide the intervals are."
+        took = f"The whole road took {duration(self.seconds)}."
+        return f"\n{self.table}\n\n{caution}\n\nPictures to look at:\n{shown}\n{took}"
 
 
 def demo(out: Path = Path("demo"), *, patients: int = 24, seed: int = 0) -> DemoSummary:
