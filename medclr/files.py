@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -54,6 +55,36 @@ def writing_folder(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that write to ``folder``, and ask the same, out of it; it is made if it is not there.
+
+    The lock ends with the process, however that ends. A file system without locks is written to all the same.
+
+    Raises:
+        MedclrError: another process is writing there, or the folder cannot be made.
+    """
+    path = folder / ".lock.tmp"
+    with mendable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            advice = "wait until it is done, or choose another --out"
+            raise MedclrError(f"{folder}: another medclr is writing there; {advice}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from medclr.data.manifest import SourceFiles, read_manifest
 from medclr.data.prepare import encode, encode_mask, encoding_of, plan, prepare
 from medclr.data.store import Store, to_source_grid, verify
 from medclr.errors import MedclrError, ScanError
+from medclr.files import alone
 from medclr.scans.scan import Scan
 
 
@@ -334,6 +335,17 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(MedclrError, match="the disk is full; free some space and run the same command again"):
             prepare(manifest, tmp_path / "full", size_px=16)
     assert prepare(manifest, tmp_path / "store", size_px=16).n_scans == 10
+
+
+def test_two_at_once_are_refused(tmp_path):
+    manifest, out = mixed_cohort(tmp_path), tmp_path / "store"
+    with alone(out):
+        with pytest.raises(MedclrError, match="another medclr is writing there"):
+            prepare(manifest, out, size_px=8)
+        assert [path.name for path in out.iterdir()] == [".lock.tmp"]
+    prepare(manifest, out, size_px=8)
+    verify(out)
+    assert not list(out.glob(".*"))
 
 
 def test_a_bug_of_ours_names_the_file(tmp_path, monkeypatch):

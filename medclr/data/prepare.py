@@ -119,7 +119,7 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
 
     Raises:
         MedclrError: the manifest or a file of it is missing or has changed, no scan can be decoded, ``out`` holds
-            something else, or the disk is full.
+            something else or is being written by another process, or the disk is full.
     """
     if size_px < 1 or workers < 1:
         raise MedclrError(f"size_px {size_px} and workers {workers}: both must be at least 1")
@@ -142,18 +142,19 @@ def prepare(manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1) 
     _check_space(out, missing, size_px)
     n_slices = [shard.n_slices for shard in shards]
     done = sum(n_slices[number] for number in parts)
-    files.write_text(out / UNFINISHED, "\n".join([json.dumps(claim), *map(_part_line, parts.values()), ""]))
-    with (
-        files.mendable(out / UNFINISHED),
-        (out / UNFINISHED).open("a", encoding="utf-8") as journal,
-        progress("preparing", sum(n_slices), "slices", done) as advance,
-        contextlib.closing(_write_shards(missing, out, size_px, workers)) as written,
-    ):
-        for part in written:
-            print(_part_line(part), file=journal, flush=True)
-            parts[part.shard] = part
-            advance(n_slices[part.shard])
-    info = _finish(out, claim, [parts[shard.number] for shard in shards])
+    with files.alone(out):
+        files.write_text(out / UNFINISHED, "\n".join([json.dumps(claim), *map(_part_line, parts.values()), ""]))
+        with (
+            files.mendable(out / UNFINISHED),
+            (out / UNFINISHED).open("a", encoding="utf-8") as journal,
+            progress("preparing", sum(n_slices), "slices", done) as advance,
+            contextlib.closing(_write_shards(missing, out, size_px, workers)) as written,
+        ):
+            for part in written:
+                print(_part_line(part), file=journal, flush=True)
+                parts[part.shard] = part
+                advance(n_slices[part.shard])
+        info = _finish(out, claim, [parts[shard.number] for shard in shards])
     return _summary(out, info, was_complete=False)
 
 
