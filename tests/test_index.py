@@ -343,6 +343,16 @@ def test_no_patient_of_a_table_is_quoted(ward: Ward, tmp_path: Path, table: list
     assert "DOE" not in str(error.value)
 
 
+def test_paths_may_be_texts(ward: Ward, tmp_path: Path) -> None:
+    write_nifti(ward.root / "a.nii", 1)
+    write_nifti(tmp_path / "masks" / "a.nii", 1)
+    labels = str(write_table(tmp_path / "labels.csv", ("file", "label"), ("a.nii", "x")))
+    texts: Any = str(ward.root)  # one root, which is no list of letters
+    index(texts, ward.out, labels=labels, masks=str(tmp_path / "masks"), modality="MR", key_file=str(ward.key))
+    assert ward.column("label") == {"a.nii": "x"}
+    assert ward.column("mask_path") == {"a.nii": "a.nii"}
+
+
 def test_unmatched_labels_can_be_allowed(ward: Ward, tmp_path: Path) -> None:
     write_nifti(ward.root / "a.nii", 1)
     write_nifti(ward.root / "b.nii", 2)

@@ -151,18 +151,19 @@ def index(
         MedclrError: a folder or table is missing or wrong, no scan can be used, or ``out`` was made from other input.
     """
     out = Path(out)
-    folders = _folders(roots)
+    labels, masks = (None if path is None else Path(path) for path in (labels, masks))
+    folders = _folders(roots if isinstance(roots, list | tuple) else [roots])  # one text is no list of letters
     if out.suffix != ".csv":
         raise MedclrError(f"--out {out}: the name of a manifest ends in .csv")
     given_modality = modality_of(modality).name if modality else None
     pattern = _pattern(patient_pattern) if patient_pattern else None
     fractions = parse_split(split) if split else None
-    label_table = read_labels(Path(labels)) if labels else []
-    mask_files, told_modality = read_masks(Path(masks)) if masks else ([], None)
+    label_table = read_labels(labels) if labels else []
+    mask_files, told_modality = read_masks(masks) if masks else ([], None)
     key = Pseudonyms(load_key(Path(key_file) if key_file else default_key_file()))
     old = _earlier(out, folders, key) if out.exists() else None
 
-    if masks and any(Path(folder).resolve().is_relative_to(Path(masks).resolve()) for folder in folders):
+    if masks and any(Path(folder).resolve().is_relative_to(masks.resolve()) for folder in folders):
         raise MedclrError(f"--masks {masks}: holds the folder that is indexed; put the masks into one of their own")
     tables = (out, files_path(out), rejected_path(out))
     skip = _identities([*tables, labels, masks, *(mask.root / mask.path for mask in mask_files)])
