@@ -38,9 +38,9 @@ def image_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{number:02d}.png")
         rows.append(f"{number:02d}.png,patient {number // 2},{'lying' if lying else 'standing'}")
     (root / "labels.csv").write_text("\n".join(rows) + "\n")
-    manifest = root / "images.csv"
-    index(
-        [root], manifest, labels=root / "labels.csv", modality="XR", split="train=0.7,test=0.3", key_file=root / "key"
-    )
+    manifest, key = root / "images.csv", root / "key"
+    key.touch(mode=0o600)
+    key.write_text("00" * 32)  # known: pseudonyms decide the order of the scans and the split
+    index([root], manifest, labels=root / "labels.csv", modality="XR", split="train=0.7,test=0.3", key_file=key)
     prepare(manifest, root / "store", size_px=32)
     return root / "store"

@@ -52,9 +52,9 @@ def test_a_run_leaves_everything_that_it_promises(run):
 
 
 def test_the_loss_falls(image_store, tmp_path):
-    medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 8, **EASY})
+    medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 10, **EASY})
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
-    assert losses[-1] < 0.7 * losses[0]
+    assert sum(losses[-2:]) / 2 < 0.7 * losses[0]
 
 
 def test_the_same_settings_give_the_same_weights(run, image_store, tmp_path):
