@@ -8,7 +8,6 @@ under the method's name, so that a new method needs no edit of this file.
 import difflib
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -222,7 +221,7 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
         if name.startswith("--") and len(name) > 2 and name not in known:
             raise MedclrError(f"unknown setting {name}{nearest(name, known)}")
     for path in _config_files(arguments):
-        _check_keys(path, {option[2:] for option in known})
+        _check_keys(path, {option[2:] for option in known if option.startswith("--")})
     try:
         return parser.instantiate(parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
@@ -232,6 +231,12 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
 def dataclass_options(parser: Any, settings: type, group: str | None = None) -> None:
     """Declare each field of the dataclass ``settings``, nested ones included, optionally under ``group``."""
     parser.add_class_arguments(settings, group, help=(settings.__doc__ or "").strip())
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as nested plain types, equal to what ``read_yaml`` gives back for its YAML."""
+    plain: dict[str, Any] = _plain(settings)
+    return plain
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
@@ -287,6 +292,8 @@ def _check_keys(path: Path, known: set[str]) -> None:
     for key, _ in _flatten(read_yaml(path)):
         if key not in known:
             raise MedclrError(f"{path}: unknown setting {key!r}{nearest(key, sorted(known))}")
+        if inside := sorted(name for name in known if name.startswith(f"{key}.")):
+            raise MedclrError(f"{path}: {key!r} is a group; write its settings below it, such as {inside[0]}")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -313,14 +320,3 @@ def _one_sentence(text: str) -> str:
     text = re.sub(r"Does not validate against any .*? Errors: - (.*) Given value type: \w+ Given", r"\1. Got", text)
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
     return text.replace(" - Expected a NoneType", " or null").replace("Expected a int", "Expected an int")
-
-
-def to_plain(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as nested plain types, equal to what ``read_yaml`` gives back for its YAML."""
-    plain: dict[str, Any] = _plain(settings)
-    return plain
-
-
-def on_terminal() -> bool:
-    """Whether a person is watching: progress bars are drawn only then."""
-    return sys.stderr.isatty()

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from medclr.config import on_terminal
-
 QUIET_SECONDS = 30.0
 """Without a terminal (a log file, a batch system), one line so often."""
 
@@ -28,7 +26,7 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Advan
         rate = (count - done) / max(time.perf_counter() - started, 1e-9)
         return rate, (total - count) / rate if rate else float("inf")
 
-    if not on_terminal():
+    if not sys.stderr.isatty():  # nobody is watching
         spoken = started
 
         def line(items: int, note: str = "") -> None:

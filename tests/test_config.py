@@ -62,6 +62,8 @@ def test_a_wrong_option_is_one_sentence_that_names_it(words, named):
         ("- 1\n", ["name: value"]),
         ("a: [\n", ["YAML"]),
         ("epochs: x\n", ["epochs", "x"]),
+        ("views: 5\n", ["'views' is a group", "views.blur"]),
+        ("views:\n", ["'views' is a group"]),
     ],
 )
 def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, text, named):
