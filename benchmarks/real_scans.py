@@ -53,7 +53,7 @@ def roads(data: Path, out: Path) -> None:
         print(f"\n== {name}")
         print(medclr.index([root], manifest, key_file=public_key(out), **options))
         print(medclr.prepare(manifest, store, size_px=96, workers=2))
-        few = {"views.size_px": 64, "epochs": 2, "batch": 16, "data.slices_per_scan": 8, "data.split": ""}
+        few = {"views.size_px": 64, "epochs": 2, "batch": 16, "data.slices_per_scan": 20, "precision": "bfloat16"}
         print(medclr.pretrain(store, run, config=CONFIGS / f"{config}.yaml", settings=few))
 
 

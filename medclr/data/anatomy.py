@@ -369,8 +369,8 @@ def _paint_face(canvas: Canvas) -> None:
     """Eyes in their fat, the nasal cavity, the muscles of the temple and neck."""
     canvas.ellipsoid((0, 82, -62), (16, 24, 26), 0.05)
     for side in (-1, 1):
-        canvas.ellipsoid((side * 33, 72, -46), (19, 24, 17), 1.05)
-        canvas.ellipsoid((side * 33, 80, -46), (12, 12, 12), 0.25)
+        canvas.ellipsoid((side * 33, 58, -46), (19, 24, 17), 1.05)
+        canvas.ellipsoid((side * 33, 69, -46), (12, 12, 12), 0.25)
         canvas.ellipsoid((side * 68, 30, -52), (9, 30, 34), 0.5)
         canvas.ellipsoid((side * 24, -84, -76), (24, 12, 24), 0.5)
 
