@@ -262,6 +262,8 @@ def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):
     with (tmp_path / "store" / "rejected.csv").open() as file:
         rejected = list(csv.DictReader(file))
     assert [row["path"] for row in rejected] == ["cut.nii.gz", "flat.nii.gz", "good.nii.gz"]
+    assert rejected[0]["reason"].startswith("cut.nii.gz: ")  # a store tells nothing of the ward's folders
+    assert rejected[2]["reason"].startswith("mask.nii.gz: ")
     assert "damaged" in rejected[0]["reason"]
     assert "every voxel is 1" in rejected[1]["reason"]
     assert verify(tmp_path / "store")

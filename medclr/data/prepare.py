@@ -332,7 +332,7 @@ def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], boo
                 scan, mask = decode(row, source)
                 encoding = encoding_of(scan, size_px)
             except ScanError as error:
-                rejected.append((row.path, str(error)))
+                rejected.append((row.path, _without_folders(str(error), source)))
                 continue
             try:
                 for square in encode(scan.voxels, encoding, size_px):
@@ -348,6 +348,13 @@ def write_shard(shard: Shard, out: Path, size_px: int, stopped: Callable[[], boo
             scans.append(_stored_scan(row, scan, encoding, mask is not None, shard.number, n_slices))
             n_slices += len(scan.voxels)
     return Part(shard.number, scans, rejected, written)
+
+
+def _without_folders(reason: str, source: SourceFiles) -> str:
+    """A store may be shared: where the ward keeps its scans stays in the manifest's table of files."""
+    for file in (*source.image, *([source.mask] if source.mask else [])):
+        reason = reason.replace(str(file), file.name)
+    return reason
 
 
 class Stopped(Exception):
