@@ -28,12 +28,17 @@ class Verb:
     positional: str = ""
     """Name of the parameter that is given without ``--``."""
 
+    resumes: bool = False
+    """Whether the same command goes on where it was interrupted; the others start anew."""
+
 
 VERBS = {
     "index": Verb("medclr.data.index", "find the scans in folders and write a manifest", positional="roots"),
-    "prepare": Verb("medclr.data.prepare", "decode each scan once into a slice store", positional="manifest"),
+    "prepare": Verb(
+        "medclr.data.prepare", "decode each scan once into a slice store", positional="manifest", resumes=True
+    ),
     "verify": Verb("medclr.data.store", "check a slice store against what was written", positional="store"),
-    "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)"),
+    "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)", resumes=True),
     "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
     "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),
     "demo": Verb("medclr.demo", "the whole road on a cohort of phantom patients"),
@@ -74,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("medclr: the disk is full; free some space and run the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(f"medclr: {str(interruption) or 'interrupted; the same command again continues'}", file=sys.stderr)
+        again = "; the same command again goes on" if words[0] in VERBS and VERBS[words[0]].resumes else ""
+        print(f"medclr: {str(interruption) or f'interrupted{again}'}", file=sys.stderr)
         return 130
     if result is not None:
         print(result)

@@ -104,3 +104,16 @@ def test_a_full_disk_is_one_sentence_wherever_it_shows(monkeypatch, capsys):
     said = capsys.readouterr().err.strip()
     assert "disk is full" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(("verb", "promises"), [("verify", False), ("prepare", True)])
+def test_ctrl_c_promises_only_what_is_so(verb, promises, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medclr.data.store.read_info", stopped)
+    monkeypatch.setattr("medclr.data.prepare.read_manifest", stopped)
+    assert main([verb, "x", *(["--out", "y"] if verb == "prepare" else [])]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("medclr: interrupted")
+    assert ("the same command again goes on" in said) == promises
