@@ -141,7 +141,7 @@ class PretrainConfig:
     """Passes over the slices."""
 
     batch: int = 256
-    """Slices a step over all processes; each gives two views. The last partial batch of an epoch is dropped."""
+    """Slices a step; each gives two views. The last partial batch of an epoch is dropped."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; loss and weights stay in float32."""

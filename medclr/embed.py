@@ -49,6 +49,8 @@ def embed(
     *,
     per: Literal["scan", "slice"] = "scan",
     colour: str = "label",
+    size_px: int | None = None,
+    like: Path | None = None,
     weights: Path | None = None,
     fetch: ResNetName | None = None,
     seed: int = 0,
@@ -61,19 +63,24 @@ def embed(
         out: Table to write; its ending, .parquet or .csv, chooses the format. The picture stands beside it as .png.
         per: One row a scan (mean over its slices) or one a slice.
         colour: Column of the store's scans.csv that colours the picture.
+        size_px: Side of the images that the encoder sees; by default what it was made for.
+        like: With ``--encoder random``: a run folder whose network to take.
         weights: File with ImageNet weights in torchvision's format, for ``--encoder imagenet``.
         fetch: Download torchvision's weights of this ResNet instead, checked by their hash, for ``--encoder imagenet``.
         seed: Seed of ``--encoder random``, and of the picture's layout.
     """
+    store, out = Path(store), Path(out)
     if out.suffix not in (".parquet", ".csv"):
         raise MedclrError(f"--out {out}: the ending chooses the format; use .parquet or .csv")
-    if out.exists():
-        raise MedclrError(f"--out {out}: exists already; choose another name or remove it")
+    picture = out.with_suffix(".png")
+    for path in (out, picture):
+        if path.exists():
+            raise MedclrError(f"--out {out}: {path} exists already; choose another name or remove it")
     opened = Store(store)
     columns = [field.name for field in fields(StoredScan)]
     if colour not in columns:
         raise MedclrError(f"--colour {colour}: is no column of {store / 'scans.csv'}{nearest(colour, columns)}")
-    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights, fetch=fetch, seed=seed)
+    model = open_encoder(encoder, size_px=size_px, like=like, weights=weights, fetch=fetch, seed=seed)
     features = extract(model, opened, np.arange(len(opened)))  # [n,F]
     scan = opened.column("scan")  # [n]
     if per == "scan":
@@ -87,7 +94,6 @@ def embed(
         for name in ("scan_id", "patient_id", "modality", "label", "split")
     }
     _write_table(out, {**identity, **extra}, features)
-    picture = out.with_suffix(".png")
     values = [str(getattr(opened.scans[s], colour)) for s in scan_of_row]
     points, layout = _layout(features, seed)
     kept = points[:, 0] == points[:, 0]  # rows outside the drawn sample are NaN
@@ -118,7 +124,7 @@ def read_views(
     Args:
         path: a NIfTI volume, an image, or the folder of one DICOM series.
         encoder: from ``load_encoder``; its ``size_px`` is the side of the views.
-        store_px: side of the slices in between, as ``--size-px`` of ``prepare``; None: the encoder's.
+        store_px: side of the slices in between, as ``--size-px`` of ``prepare``; None: as in the encoder's training.
         modality: for files that do not record it.
 
     Returns:
@@ -130,7 +136,7 @@ def read_views(
     path = Path(path)
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     scan = read(files, modality)
-    size = store_px or encoder.size_px
+    size = store_px or encoder.store_px
     encoding = encoding_of(scan, size)
     stored = np.stack([square.copy() for square in encode(scan.voxels, encoding, size)])  # [D,S,S]
     images = torch.from_numpy(stored.astype(np.float32) * np.float32(encoding.scale) + np.float32(encoding.offset))
@@ -181,6 +187,9 @@ def _layout(features: NDArray[np.float32], seed: int, most: int = 5000) -> tuple
     m = len(features)
     points = np.full((m, 2), np.nan)
     rows = np.sort(np.random.default_rng(seed).permutation(m)[:most])
+    if len(rows) < 3:
+        points[rows] = features[rows, :2]
+        return points, "two features"
     parts = min(50, len(rows), features.shape[1])
     reduced = PCA(parts, random_state=seed).fit_transform(features[rows].astype(np.float64))  # [r,parts]
     if len(rows) < 10:

@@ -13,6 +13,9 @@ from typing import Any
 
 from medclr.errors import MedclrError
 
+LOCK_NAME = ".lock.tmp"
+"""What lies in a folder while a process writes there; see ``alone``."""
+
 
 @contextlib.contextmanager
 def writing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
@@ -66,7 +69,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         MedclrError: another process is writing there, or the folder cannot be made.
     """
-    path = folder / ".lock.tmp"
+    path = folder / LOCK_NAME
     with mendable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -6,6 +6,7 @@ and (seed, step), so a run that was killed and resumed has the same weights as o
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medclr import checkpoint, figures, methods, monitor
@@ -34,7 +36,7 @@ from medclr.config import (
 from medclr.data.loader import Loader, load_batch
 from medclr.data.store import Store
 from medclr.errors import MedclrError
-from medclr.files import write_text
+from medclr.files import LOCK_NAME, alone, write_text
 from medclr.memory import keep_freed_memory
 from medclr.models.encoder import Encoder, build_encoder
 from medclr.optim.lars import build_optimizer, param_groups
@@ -51,6 +53,11 @@ CURVES = {
     "images_per_s": "slices a second",
 }
 
+
+RUN_FILES = {"config.yaml", "metrics.jsonl", "checkpoints", "encoder", "figures", "tensorboard", "mlflow.db", LOCK_NAME}
+"""All that a run writes, and so all that --overwrite may remove."""
+
+Indices = NDArray[np.int64]
 
 LOG_EVERY = 10
 """Steps between two rows of metrics.jsonl; the first and the last step have theirs too."""
@@ -168,28 +175,41 @@ def _chosen_method(arguments: Sequence[str]) -> str:
 def _open_run(request: Request) -> None:
     """Make the run folder, or accept one with the same settings."""
     out, existing = request.out, request.out / "config.yaml"
-    if existing.exists() and not request.overwrite:
+    if not existing.exists():
+        if out.exists() and (not out.is_dir() or any(p.name != LOCK_NAME for p in out.iterdir())):
+            raise MedclrError(f"{out}: exists and is not a run of medclr; choose another --out")
+    elif request.overwrite:
+        if strange := sorted(p.name for p in out.iterdir() if p.name not in RUN_FILES):
+            raise MedclrError(
+                f"{out}: holds {strange[0]}, which no run wrote, and is not overwritten; choose another --out"
+            )
+        for name in RUN_FILES - {LOCK_NAME}:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    else:
         if changed := differences(read_yaml(existing), request.resolved):
             advice = "choose another --out, or --overwrite true"
             raise MedclrError(f"{out}: holds a run with other settings ({', '.join(changed)}); {advice}")
         return
-    if existing.exists():
-        shutil.rmtree(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MedclrError(f"{out}: exists and is not a run of medclr; choose another --out")
     write_text(existing, to_yaml(request.resolved))
 
 
 def _train(request: Request, store: Store) -> RunSummary:
     settings, out = request.settings, request.out
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MedclrError("this medclr pretrains in one process; start it without torchrun")
     device = _device(settings.device)
     keep_freed_memory()
     indices = store.indices(settings.data.split)  # [n]
     loader = Loader(store, indices, settings.batch, settings.seed, slices_per_scan=settings.data.slices_per_scan)
-    total = settings.epochs * loader.steps_per_epoch
     check(request.track)
     _open_run(request)  # after all that can be refused: a run that never started leaves nothing
+    with alone(out):
+        return _loop(request, store, indices, loader, device)
 
+
+def _loop(request: Request, store: Store, indices: Indices, loader: Loader, device: torch.device) -> RunSummary:
+    settings, out, total = request.settings, request.out, request.settings.epochs * loader.steps_per_epoch
     torch.manual_seed(settings.seed)  # initial weights; nothing later draws from the global generator
     encoder = build_encoder(settings.encoder, settings.views.size_px)
     method = methods.get(settings.method).Method(request.own, encoder).to(device, memory_format=torch.channels_last)
@@ -199,20 +219,28 @@ def _train(request: Request, store: Store) -> RunSummary:
     warmup_steps = round(settings.optim.warmup * total)
 
     step = 0
+    origin = {"manifest_sha256": store.info.manifest_sha256, "size_px": store.info.size_px}
     newest = checkpoint.latest(out)
     if newest is None:
         _draw_views(store, indices, settings, out)
     else:
         saved = checkpoint.load(newest)
-        if saved["manifest_sha256"] != store.info.manifest_sha256:
-            raise MedclrError(f"{out}: was trained on a store of another manifest; choose another --out")
+        if saved["store"] != origin:
+            raise MedclrError(f"{out}: was trained on a store of another manifest or slice size; choose another --out")
         step = saved["step"]
         method.load_state_dict(saved["method"])
         optimizer.load_state_dict(saved["optimizer"])
 
     def save() -> None:
         state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.save(out, step, {**state, "step": step, "manifest_sha256": store.info.manifest_sha256})
+        checkpoint.save(out, step, {**state, "step": step, "store": origin})
+
+    def require_finite(loss: Tensor) -> float:
+        value = loss.item()  # waits for the device: not at each step
+        if not math.isfinite(value):
+            advice = "lower optim.lr or lengthen optim.warmup, and choose another --out"
+            raise MedclrError(f"{out}: the loss is not finite at step {step}; {advice}")
+        return value
 
     def watch() -> dict[str, float]:
         figures = _look(method, store, indices, settings, device)
@@ -244,24 +272,20 @@ def _train(request: Request, store: Store) -> RunSummary:
 
                 now = time.perf_counter()
                 if step % LOG_EVERY == 0 or step in (1, total):
-                    row = {
-                        "loss": loss.item(),
-                        **{name: float(value) for name, value in logs.items()},
-                    }  # waits for the device
-                    if not math.isfinite(row["loss"]):
-                        advice = "lower optim.lr or lengthen optim.warmup"
-                        raise MedclrError(f"{out}: the loss is not finite at step {step}; {advice}")
+                    row = {"loss": require_finite(loss), **{name: float(value) for name, value in logs.items()}}
                     speed = (step - clock_step) * settings.batch / (now - clock)
                     row |= {"epoch": step / loader.steps_per_epoch, "lr": group["lr"], "images_per_s": speed}
                     tracker.write(step, row)
                     clock, clock_step, last = now, step, last | {"loss": row["loss"]}
                 advance(settings.batch, f"epoch {epoch + 1}/{settings.epochs}{_words(last)}")
                 if stop() or now - saved_at > 60 * settings.monitor.checkpoint_minutes:
+                    require_finite(loss)
                     save()
                     saved_at = now
                 if stop():
                     raise KeyboardInterrupt(f"saved step {step} of {total} in {out}; the same command again goes on")
             if (epoch + 1) % settings.monitor.every_epochs == 0 or step == total:
+                require_finite(loss)
                 last |= watch()
                 clock, clock_step = time.perf_counter(), step
         save()
@@ -272,7 +296,7 @@ def _train(request: Request, store: Store) -> RunSummary:
 def _look(
     method: methods.PretrainingMethod,
     store: Store,
-    indices: np.ndarray[Any, Any],
+    indices: Indices,
     settings: PretrainConfig,
     device: torch.device,
 ) -> dict[str, float]:
@@ -296,7 +320,7 @@ def _look(
     return figures if math.isnan(knn) else {**figures, "knn": knn}
 
 
-def _draw_views(store: Store, indices: np.ndarray[Any, Any], settings: PretrainConfig, out: Path, n: int = 8) -> None:
+def _draw_views(store: Store, indices: Indices, settings: PretrainConfig, out: Path, n: int = 8) -> None:
     """The contact sheet: source slices and the two views of each, captioned with the parameters drawn."""
     rng = np.random.default_rng([settings.seed, 2])
     modality = store.column("modality")[indices]  # [n]
@@ -321,7 +345,7 @@ def _draw_views(store: Store, indices: np.ndarray[Any, Any], settings: PretrainC
     figures.contact_sheet(out / "figures" / "views.png", columns, captions, "Two random views of each slice")
 
 
-def _finish(request: Request, encoder: Encoder, store: Store, indices: np.ndarray[Any, Any]) -> None:
+def _finish(request: Request, encoder: Encoder, store: Store, indices: Indices) -> None:
     """Export the encoder, with the patients it has seen, and draw the curves."""
     seen = np.unique(store.column("patient")[indices])
     out = request.out
@@ -331,6 +355,7 @@ def _finish(request: Request, encoder: Encoder, store: Store, indices: np.ndarra
         {
             "settings": request.resolved,
             "manifest_sha256": store.info.manifest_sha256,
+            "store_px": store.info.size_px,
             "modalities": sorted({store.info.modalities[m] for m in np.unique(store.column("modality")[indices])}),
             "patients": [store.patients[int(p)] for p in seen],
         },

