@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow lint clean
 
 demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four minutes, pictures in demo/
+	rm -rf demo
 	$(BIN)/medclr demo --out demo
 
 test: $(STAMP) lint  ## lint, types and the quick tests
