@@ -28,8 +28,7 @@ ROADS = {
 
 CXR = {
     "views.size_px": 64,
-    "encoder.stem": "medium",
-    "epochs": 18,
+    "epochs": 60,
     "batch": 128,
     "precision": "bfloat16",
     "data.split": "train",

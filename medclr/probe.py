@@ -31,6 +31,7 @@ from medclr.scans.modality import modality_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Features = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _score(
     test_patients = np.unique(data.patient[test], return_inverse=True)[1]  # [t]
     who_train = {p: label for p, label in data.patient_label.items() if p in data.train}
     subsets = [label_budgets(who_train, list(budgets.values()), seed) for seed in range(seeds)]
-    inputs = {"knn": means, "logistic": [standardise(x, in_train) for x in means]}
+    inputs: dict[str, Sequence[Features]] = {"knn": means, "logistic": [standardise(x, in_train) for x in means]}
     scores: list[Score] = []
     with progress("probe", len(budgets) * seeds, "fits") as advance:
         for text, budget in budgets.items():
@@ -187,13 +188,13 @@ def _score(
     return scores
 
 
-def standardise(x: NDArray[np.float32], rows: NDArray[np.bool_]) -> NDArray[np.float32]:
+def standardise(x: NDArray[np.float32], rows: NDArray[np.bool_]) -> Floats:
     """Features [n,F] less their mean and over their deviation among ``rows``: all training scans, labels unseen.
 
     Statistics of the few labelled scans alone would be too noisy to divide by, and the unlabelled ones cost nothing.
     """
     mean, deviation = x[rows].mean(0, dtype=np.float64), x[rows].std(0, dtype=np.float64)
-    z: NDArray[np.float32] = ((x - mean) / np.maximum(deviation, 1e-8)).astype(np.float32)
+    z: Floats = (x - mean) / np.maximum(deviation, 1e-8)  # float64: in float32 the solver's line search can fail
     return z
 
 
@@ -264,21 +265,19 @@ class Classifier(Protocol):
 
     def __call__(
         self,
-        x: NDArray[np.float32],
+        x: Features,
         y: Ints,
         patient: NDArray[np.str_],
-        x_test: NDArray[np.float32],
+        x_test: Features,
         classes: int,
         seed: int,
     ) -> Floats: ...
 
 
-def knn(
-    x: NDArray[np.float32], y: Ints, patient: NDArray[np.str_], x_test: NDArray[np.float32], classes: int, seed: int
-) -> Floats:
+def knn(x: Features, y: Ints, patient: NDArray[np.str_], x_test: Features, classes: int, seed: int) -> Floats:
     """Weighted kNN of Wu et al. 2018 (k = 20, temperature 0.07) on L2-normalised features; scores [t,C]."""
 
-    def unit(v: NDArray[np.float32]) -> Floats:
+    def unit(v: Features) -> Floats:
         length = np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True)
         rows: Floats = np.divide(v, np.maximum(length, 1e-12), dtype=np.float64)
         return rows
@@ -292,9 +291,7 @@ def knn(
     return normalised
 
 
-def logistic(
-    x: NDArray[np.float32], y: Ints, patient: NDArray[np.str_], x_test: NDArray[np.float32], classes: int, seed: int
-) -> Floats:
+def logistic(x: Features, y: Ints, patient: NDArray[np.str_], x_test: Features, classes: int, seed: int) -> Floats:
     """L2-regularised multinomial logistic regression of standardised features, classes weighted equally; scores [t,C].
 
     The penalty is the one of least log-loss in patient-grouped, stratified cross-validation of the training scans.
@@ -325,7 +322,7 @@ def _logistic(c: float, *, warm_start: bool = False) -> Any:
     return LogisticRegression(C=c, class_weight="balanced", max_iter=5000, warm_start=warm_start)
 
 
-def _choose_penalty(z: NDArray[np.floating[Any]], y: Ints, patient: NDArray[np.str_], seed: int) -> float:
+def _choose_penalty(z: Features, y: Ints, patient: NDArray[np.str_], seed: int) -> float:
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.utils.class_weight import compute_sample_weight
