@@ -76,9 +76,10 @@ def demo(out: Path = Path("demo"), *, patients: int = 24, seed: int = 0) -> Demo
     from medclr.probe import probe
 
     reports = []
-    for encoder in (str(run), "random"):
-        print(f"\n$ medclr probe --encoder {encoder} --store {store} --budgets 4 100% --seeds 3")
-        reports.append(probe(encoder, store, budgets=["4", "100%"], seeds=3))
+    for encoder, like in ((str(run), None), ("random", run)):
+        which = f"{encoder} --like {like}" if like else encoder
+        print(f"\n$ medclr probe --encoder {which} --store {store} --budgets 4 100% --seeds 3")
+        reports.append(probe(encoder, store, like=like, budgets=["4", "100%"], seeds=3))
     table = out / "features.parquet"
     print(f"\n$ medclr embed --encoder {run} --store {store} --out {table} --colour modality --seed {seed}")
     features = embed(str(run), store, table, colour="modality", seed=seed)
