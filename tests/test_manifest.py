@@ -85,7 +85,7 @@ def test_a_spreadsheet_may_reorder_columns_and_add_a_byte_order_mark(tmp_path: P
     [
         (lambda t: [row.pop(1) for row in t], "column patient_id is missing"),
         (lambda t: [row.append("name") for row in t], "column 'name' is unknown"),
-        (lambda t: t[1].pop(), "line 2: 16 cells where 17"),
+        (lambda t: t[1].pop(), "line 2: 18 cells where 19"),
         (lambda t: t[1].__setitem__(7, "many"), "line 2: invalid literal for int"),
         (lambda t: t[1].__setitem__(3, "XX"), "modality 'XX'"),
         (lambda t: t[1].__setitem__(7, "0"), "no slices"),

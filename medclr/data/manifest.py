@@ -55,6 +55,10 @@ class ScanRow:
     """Millimetres between columns."""
     sha256: str
     """Of the file's bytes; of a series: of its files' digests, joined in the order of the slices."""
+    volume: int = 0
+    """Which volume of its file, counted from 0, where a file holds several."""
+    irregular: str = ""
+    """In what the scan is not plain, such as missing slices (``medclr.scans.policy``); '' if it is plain."""
     label: str = ""
     """The class, '' if unlabelled."""
     mask_path: str = ""

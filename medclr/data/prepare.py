@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -289,9 +289,11 @@ def decode(row: ScanRow, source: SourceFiles) -> tuple[Scan, NDArray[np.uint16] 
     """
     from medclr.scans import read
     from medclr.scans.nifti import read_mask
+    from medclr.scans.policy import ACCEPTED, Plane
 
     try:
-        scan = read(source.image, modality=row.modality)
+        plane: Any = row.plane if row.plane in get_args(Plane) else None
+        scan = read(source.image, row.modality, volume=row.volume, plane=plane, policy=ACCEPTED)
         return scan, None if source.mask is None else read_mask(source.mask, scan)
     except MedclrError:
         raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medclr.errors import ScanError
+from medclr.scans.policy import DEFAULT, Plane, Policy
 
 if TYPE_CHECKING:
     from medclr.scans.scan import Found, Scan
@@ -29,10 +30,20 @@ class Reader(Protocol):
     def read_header(self, path: Path, data: bytes | None = None) -> Any:
         """What the file says of itself, checked, without its voxels; ``data`` are its bytes if known already."""
 
-    def find(self, headers: Sequence[Any]) -> "tuple[list[Found], list[tuple[Path, str]]]":
+    def find(
+        self, headers: Sequence[Any], policy: Policy = DEFAULT, plane: Plane | None = None
+    ) -> "tuple[list[Found], list[tuple[Path, str]]]":
         """Group headers into scans; also the files that are part of none, with the reason."""
 
-    def read(self, files: Sequence[Path], modality: str | None = None) -> "Scan":
+    def read(
+        self,
+        files: Sequence[Path],
+        modality: str | None = None,
+        *,
+        volume: int = 0,
+        plane: Plane | None = None,
+        policy: Policy = DEFAULT,
+    ) -> "Scan":
         """Read one scan."""
 
 
@@ -45,12 +56,23 @@ def reader_of(head: bytes) -> tuple[str, Reader] | None:
     return None
 
 
-def read(files: Sequence[Path], modality: str | None = None) -> "Scan":
+def read(
+    files: Sequence[Path],
+    modality: str | None = None,
+    *,
+    volume: int = 0,
+    plane: Plane | None = None,
+    policy: Policy = DEFAULT,
+) -> "Scan":
     """Read one scan, whatever its format.
 
     Args:
         files: the file, or the slices of a DICOM series.
         modality: a key of ``MODALITIES``, for formats that do not record it.
+        volume: which of the volumes of the file, counted from 0 (``Found.volume``).
+        plane: how a NIfTI volume is cut into slices; if not given, across its coarsest spacing. DICOM slices and
+            images are as they were acquired.
+        policy: what to do if the scan is not plain.
 
     Raises:
         ScanError: no reader knows the format, or the scan cannot be read.
@@ -62,4 +84,4 @@ def read(files: Sequence[Path], modality: str | None = None) -> "Scan":
     if known is None:
         raise ScanError(f"{files[0]}: {NO_SCAN}")
     _, reader = known
-    return reader.read(files, modality)
+    return reader.read(files, modality, volume=volume, plane=plane, policy=policy)

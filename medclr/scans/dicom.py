@@ -20,6 +20,7 @@ from medclr.errors import ScanError
 from medclr.scans.dicom_header import Header, functional, header_of, read_header
 from medclr.scans.dicom_series import find, grid
 from medclr.scans.modality import MODALITIES, Modality
+from medclr.scans.policy import DEFAULT, Plane, Policy
 from medclr.scans.scan import Scan
 
 __all__ = ["Header", "find", "is_dicom", "read", "read_header"]
@@ -46,7 +47,14 @@ def is_dicom(head: bytes) -> bool:
     return False
 
 
-def read(files: Sequence[Path], modality: str | None = None) -> Scan:
+def read(
+    files: Sequence[Path],
+    modality: str | None = None,
+    *,
+    volume: int = 0,
+    plane: Plane | None = None,
+    policy: Policy = DEFAULT,
+) -> Scan:
     """Decode the files of one scan, in any order.
 
     Args:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from medclr.errors import ScanError
 from medclr.scans.dicom_header import TELLING, Header, Vector
+from medclr.scans.policy import DEFAULT, Plane, Policy
 from medclr.scans.scan import Found
 
 
@@ -103,7 +104,9 @@ def _plane(normal: NDArray[np.float64]) -> str:
     return ("sagittal", "coronal", "axial")[axis] if abs(normal[axis]) > 0.8 else "oblique"
 
 
-def find(headers: Iterable[Header]) -> tuple[list[Found], list[tuple[Path, str]]]:
+def find(
+    headers: Iterable[Header], policy: Policy = DEFAULT, plane: Plane | None = None
+) -> tuple[list[Found], list[tuple[Path, str]]]:
     """Group files into scans.
 
     A series (PS3.3 A.1.2.3) may hold several: it is divided by matrix, spacing, orientation, image type and echo, and,

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, ImageSequence, UnidentifiedImageError
 
 from medclr.errors import ScanError
 from medclr.scans import bids
+from medclr.scans.policy import DEFAULT, Plane, Policy
 from medclr.scans.scan import Found, Scan, naming
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -59,7 +60,9 @@ def read_header(path: Path, data: bytes | None = None) -> Header:
         return Header(path, (_pages(image), image.height, image.width))
 
 
-def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]]:
+def find(
+    headers: Sequence[Header], policy: Policy = DEFAULT, plane: Plane | None = None
+) -> tuple[list[Found], list[tuple[Path, str]]]:
     """Each file is one scan."""
     found = [
         Found(
@@ -78,7 +81,14 @@ def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]
     return found, []
 
 
-def read(files: Sequence[Path], modality: str | None = None) -> Scan:
+def read(
+    files: Sequence[Path],
+    modality: str | None = None,
+    *,
+    volume: int = 0,
+    plane: Plane | None = None,
+    policy: Policy = DEFAULT,
+) -> Scan:
     """Read one image; the pages of a TIFF are its slices.
 
     Args:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from medclr.errors import ScanError
 from medclr.scans import bids
+from medclr.scans.policy import DEFAULT, Plane, Policy
 from medclr.scans.scan import Found, Scan, naming
 
 # Where (d,h,w) run in each plane: letters are the patient's Right, Left, Anterior, Posterior, Superior, Inferior.
@@ -161,7 +162,9 @@ def read_header(path: Path, data: bytes | None = None) -> Header:
     )
 
 
-def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]]:
+def find(
+    headers: Sequence[Header], policy: Policy = DEFAULT, plane: Plane | None = None
+) -> tuple[list[Found], list[tuple[Path, str]]]:
     """Each file is one scan; also returns the files that are none, with the reason."""
     found, rejected = [], []
     for header in headers:
@@ -185,7 +188,14 @@ def find(headers: Sequence[Header]) -> tuple[list[Found], list[tuple[Path, str]]
     return found, rejected
 
 
-def read(files: Sequence[Path], modality: str | None = None) -> Scan:
+def read(
+    files: Sequence[Path],
+    modality: str | None = None,
+    *,
+    volume: int = 0,
+    plane: Plane | None = None,
+    policy: Policy = DEFAULT,
+) -> Scan:
     """Read one volume.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclr.errors import ScanError
-from medclr.scans.modality import MODALITIES
+from medclr.scans.modality import MODALITIES, Window
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Scan:
 
     source_flips: tuple[bool, bool, bool] = (False, False, False)
     """For each of (d,h,w): whether it runs against the source axis."""
+
+    irregular: str = ""
+    """In what it is not plain, as in ``Found``; '' if it is."""
+
+    window: Window | None = None
+    """The window in which the file asks to be shown (PS3.3 C.11.2.1.2), in physical units; for pictures alone."""
 
     def __post_init__(self) -> None:
         if self.voxels.ndim != 3 or 0 in self.voxels.shape:
@@ -94,6 +100,13 @@ class Found:
 
     spacing_mm: tuple[float, float, float]
     """Distance between voxel centres along (d,h,w); (1,1,1) where the file records none."""
+
+    volume: int = 0
+    """Which volume of its file it is, counted from 0; of a file with one volume, and of a series of files: 0."""
+
+    irregular: str = ""
+    """In what it is not plain, such as "2 of 22 slices are missing": a sentence without identity; '' if it is plain.
+    See ``medclr.scans.policy``."""
 
 
 @contextmanager
