@@ -91,7 +91,7 @@ def test_a_spreadsheet_may_reorder_columns_and_add_a_byte_order_mark(tmp_path: P
         (lambda t: t[1].__setitem__(7, "0"), "no slices"),
         (lambda t: t[1].__setitem__(1, ""), "no scan_id or patient_id"),
         (lambda t: t.append(t[1]), "s-a stands twice"),
-        (lambda t: t.append(["s-b", *t[1][1:16], "test"]), "p-1 stands in two splits, '' and 'test'"),
+        (lambda t: t.append(["s-b", *t[1][1:18], "test"]), "p-1 stands in two splits, '' and 'test'"),
         (lambda t: t.append(["s-b", *t[1][1:]]), "no file for scan s-b"),
         (lambda t: t.pop(), "s-a is not in m.csv"),
         (lambda t: t.clear(), "column scan_id, patient_id"),
