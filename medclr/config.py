@@ -89,6 +89,12 @@ class DataConfig:
     slices_per_scan: int | None = None
     """An epoch takes at most this many slices of each scan, drawn anew each epoch; null: all."""
 
+    leave_out: Path | None = None
+    """Table of slices that are not trained on, such as the duplicates that medclr dedup finds; null: none."""
+
+    leave_out_sha256: str | None = None
+    """Filled in by the run: the hash of that table, which must not change under the same name."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:

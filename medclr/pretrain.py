@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from medclr.config import (
     to_plain,
     to_yaml,
 )
+from medclr.data.leave_out import left_out, pinned
 from medclr.data.loader import Loader, load_batch
 from medclr.data.store import Store
 from medclr.errors import MedclrError
@@ -155,6 +156,7 @@ def read_settings(arguments: Sequence[str]) -> Request:
     parser = option_parser("medclr pretrain", "Train an encoder on unlabelled slices.", add, config=True)
     options = parse(parser, arguments)
     settings = PretrainConfig(**{field.name: getattr(options, field.name) for field in fields(PretrainConfig)})
+    settings = replace(settings, data=pinned(settings.data))
     own = getattr(options, name)
     return Request(options.store, options.out, options.track, options.overwrite, settings, own)
 
@@ -201,6 +203,8 @@ def _train(request: Request, store: Store) -> RunSummary:
     device = _device(settings.device)
     keep_freed_memory()
     indices = store.indices(settings.data.split)  # [n]
+    if settings.data.leave_out:
+        indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
     loader = Loader(store, indices, settings.batch, settings.seed, slices_per_scan=settings.data.slices_per_scan)
     check(request.track)
     _open_run(request)  # after all that can be refused: a run that never started leaves nothing

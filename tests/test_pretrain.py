@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import medclr
+from medclr.config import read_yaml
+from medclr.data.store import Store
 from medclr.errors import MedclrError
+from medclr.files import sha256
 from medclr.track import read_metrics
 
 SMALL = {"epochs": 3, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.sample": 32}
@@ -169,3 +172,44 @@ def test_several_processes_are_refused_not_ignored(image_store, tmp_path, monkey
 def test_other_choices_run(image_store, tmp_path, settings):
     summary = medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 1, **settings})
     assert summary.steps == 6
+
+
+def test_slices_of_a_table_are_left_out_and_a_changed_table_is_noticed(image_store, tmp_path):
+    store = Store(image_store)
+    doubtful = [scan for scan in store.scans if scan.patient_id == store.patients[3]]
+    table, out = tmp_path / "doubtful.csv", tmp_path / "run"
+    table.write_text("scan_id,slice_index\n" + "".join(f"{scan.scan_id},0\n" for scan in doubtful))
+    settings = {**SMALL, "epochs": 1, "data.leave_out": table}
+    medclr.pretrain(image_store, out, settings=settings)
+    facts = json.loads((out / "encoder" / "encoder.json").read_text())
+    assert set(store.patients) - set(facts["patients"]) == {store.patients[3]}
+    assert read_yaml(out / "config.yaml")["data"]["leave_out_sha256"] == sha256(table)
+    medclr.pretrain(image_store, out, settings=settings)
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    with pytest.raises(MedclrError, match=r"other settings \(data.leave_out_sha256\)"):
+        medclr.pretrain(image_store, out, settings=settings)
+    with pytest.raises(MedclrError, match="has changed"):
+        medclr.pretrain(image_store, tmp_path / "copy", config=out / "config.yaml")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("scan,slice\n", "scan_id, slice_index is missing"),
+        ("scan_id,slice_index\nnobody,0\n", "line 2: scan nobody is not in"),
+        ("scan_id,slice_index\nSCAN,1\n", "has no slice 1"),
+        ("scan_id,slice_index\nSCAN,-1\n", "has no slice -1"),
+        ("scan_id,slice_index\nSCAN,first\n", "cannot be read as a table"),
+        ("scan_id,slice_index\nSCAN\n", "cannot be read as a table"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_one_sentence(image_store, tmp_path, text, sentence):
+    table = tmp_path / "table.csv"
+    if text is not None:
+        table.write_text(text.replace("SCAN", Store(image_store).scans[-1].scan_id))
+    with pytest.raises(MedclrError, match=sentence) as error:
+        medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "data.leave_out": table})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
