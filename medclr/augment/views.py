@@ -93,23 +93,57 @@ class Views:
     """For view a and for view b: one entry a modality of the batch."""
 
 
-def _draw(batch: "Batch", config: ViewsConfig, here: Tensor, n: int, key: tuple[int, int, int]) -> tuple[Drawn, ...]:
-    """Draw one view for the global batch of ``n``, and keep the rows ``here`` [B], which are those of ``batch``."""
-    modality = batch.modality.cpu()  # [B]
-    drawn = []
-    for index in modality.unique().tolist():
-        row = MODALITIES[batch.modalities[index]]
-        mine = (modality == index).nonzero()[:, 0]  # [m]
-        chain = chain_for(row, config)
-        params = []
-        for transform in chain:
-            # Keyed by name, so that a transform added to a chain leaves the draws of the others as they were.
-            name = zlib.crc32(f"{row.name}.{type(transform).__name__}".encode())
-            state = np.random.RandomState(np.random.PCG64(np.random.SeedSequence([*key, name])))
-            facts = {fact: getattr(batch, fact).cpu()[mine] for fact in transform.facts}  # [m] each
-            params.append(select(transform.draw(n, state), here[mine]) | facts)
-        drawn.append(Drawn(mine, chain, tuple(params)))
-    return tuple(drawn)
+class Draws:
+    """The parameters of a step's two views for the whole global batch, drawn once and handed out piece by piece.
+
+    A function of (seed, step, view, modality, transform, row of the global batch), and of nothing else.
+
+    Args:
+        config: sizes and strengths.
+        n: images in the global batch.
+        seed: of the run.
+        step: of the run; every step has new views.
+    """
+
+    def __init__(self, config: ViewsConfig, n: int, *, seed: int, step: int) -> None:
+        self._config, self._n, self._key = config, n, (seed, step)
+        self._drawn: dict[tuple[int, str], tuple[Chain, list[Params]]] = {}
+
+    def _of(self, view: int, modality: Modality) -> tuple[Chain, list[Params]]:
+        """A modality's chain, and the parameters of each of its transforms for all ``n`` rows."""
+        if (view, modality.name) not in self._drawn:
+            chain, params = chain_for(modality, self._config), []
+            for transform in chain:
+                # Keyed by name, so that a transform added to a chain leaves the draws of the others as they were.
+                name = zlib.crc32(f"{modality.name}.{type(transform).__name__}".encode())
+                state = np.random.RandomState(np.random.PCG64(np.random.SeedSequence([*self._key, view, name])))
+                params.append(transform.draw(self._n, state))
+            self._drawn[view, modality.name] = chain, params
+        return self._drawn[view, modality.name]
+
+    def drawn(self, batch: "Batch", view: int, rows: Tensor) -> tuple[Drawn, ...]:
+        """What happens to ``batch`` in view 0 (a) or 1 (b); it holds the ``rows`` [B] of the global batch."""
+        modality = batch.modality.cpu()  # [B]
+        drawn = []
+        for index in modality.unique().tolist():
+            mine = (modality == index).nonzero()[:, 0]  # [m]
+            chain, everything = self._of(view, MODALITIES[batch.modalities[index]])
+            params = []
+            for transform, all_rows in zip(chain, everything, strict=True):
+                facts = {fact: getattr(batch, fact).cpu()[mine] for fact in transform.facts}  # [m] each
+                params.append(select(all_rows, rows[mine]) | facts)
+            drawn.append(Drawn(mine, chain, tuple(params)))
+        return tuple(drawn)
+
+    def view(self, batch: "Batch", view: int, rows: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """View 0 (a) or 1 (b) of ``batch``, which holds the ``rows`` [B] of the global batch: [B,1,s,s] in [0,1].
+
+        Made on ``device``; None: where the images are. With the batch on the CPU and a GPU here, only the pixels
+        travel, and the GPU is never waited for.
+        """
+        images = batch.images.to(device or batch.images.device, torch.float32, non_blocking=True)
+        with torch.autocast(images.device.type, enabled=False):  # physical values need float32
+            return replay(images, self.drawn(batch, view, rows))
 
 
 def replay(images: Tensor, drawn: tuple[Drawn, ...]) -> Tensor:
@@ -155,9 +189,10 @@ def two_views(
     here = torch.arange(n)[rows]  # [B], rows of the global batch
     if len(here) != len(batch.images):
         raise ValueError(f"{rows} of {n} images is {len(here)} rows, but the batch holds {len(batch.images)}")
+    draws = Draws(config, n, seed=seed, step=step)
     images = batch.images.to(device or batch.images.device, torch.float32, non_blocking=True)
     with torch.autocast(images.device.type, enabled=False):  # physical values need float32
-        a, b = (_draw(batch, config, here, n, (seed, step, view)) for view in (0, 1))
+        a, b = (draws.drawn(batch, view, here) for view in (0, 1))
         return Views(replay(images, a), replay(images, b), (a, b))
 
 
