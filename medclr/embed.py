@@ -16,9 +16,10 @@ from torch import Tensor
 from medclr import figures
 from medclr.augment.views import plain_view
 from medclr.config import nearest
+from medclr.data.encode import encode, encoding_of
 from medclr.data.loader import Batch, load_batch
-from medclr.data.prepare import encode, encoding_of
-from medclr.data.store import Store, StoredScan
+from medclr.data.store import Store
+from medclr.data.tables import StoredScan
 from medclr.errors import MedclrError
 from medclr.files import writing
 from medclr.memory import keep_freed_memory

@@ -20,10 +20,13 @@ from conftest import shared_data
 from numpy.typing import NDArray
 from pydicom import dcmread
 
+import medclr.data.encode as encoding
 import medclr.data.prepare as preparing
+import medclr.data.shard as sharding
+from medclr.data.encode import blank_slices, encode, encode_mask, encoding_of
 from medclr.data.index import index
 from medclr.data.manifest import SourceFiles, read_manifest
-from medclr.data.prepare import encode, encode_mask, encoding_of, plan, prepare
+from medclr.data.prepare import plan, prepare
 from medclr.data.store import Store, to_source_grid, verify
 from medclr.errors import MedclrError, ScanError
 from medclr.files import alone
@@ -146,7 +149,7 @@ def test_whole_numbers_are_exact_and_air_is_in_range():
 def test_percentiles_of_a_sample_agree_with_those_of_all(monkeypatch):
     """A pattern along each row, which every k-th voxel would miss if k divided the row."""
     voxels = np.random.default_rng(0).normal(0, 1, (8, 256, 256)) + 100 * (np.arange(256) % 64 == 5)
-    monkeypatch.setattr(preparing, "PERCENTILE_VOXELS", 2**15)
+    monkeypatch.setattr(encoding, "PERCENTILE_VOXELS", 2**15)
     e = encoding_of(scan_of(voxels), 256)
     ranks = [(voxels < e.low).mean(), (voxels < e.high).mean()]
     assert ranks == pytest.approx([0.005, 0.995], abs=0.0015)
@@ -161,6 +164,99 @@ def test_nearly_empty_scans_still_have_a_range_and_empty_ones_are_refused():
         encoding_of(scan_of(np.full((2, 5, 5), 5)), 64)
 
 
+# Slices that show nothing
+
+
+def empty_slices(modality: str) -> NDArray[np.float64]:
+    """[3,64,64], as scanners of this kind leave them: padding, air or a dark frame, with their noise."""
+    noise = np.random.default_rng(0).normal(0, 1, (2, 3, 64, 64))
+    return {
+        "CT": np.rint(np.where(noise[0] > 9, 0, -1000 + 10 * noise[0])),  # air; a scan spans about 2000 HU
+        "MR": 12 * np.hypot(*noise),  # Rician, the scan spans about 1000
+        "XR": np.full((3, 64, 64), 1000.0),  # an exposure that failed
+        "US": np.zeros((3, 64, 64)),
+    }[modality]
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR", "XR", "US"])
+def test_blank_is_what_shows_nothing(modality):
+    shown = np.random.default_rng(1).uniform(-1000 if modality == "CT" else 0, 1000, (3, 64, 64))
+    scan = scan_of(np.concatenate([empty_slices(modality), shown]), modality=modality)
+    assert blank_slices(scan, encoding_of(scan, 64)).tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 50), (9, 200), (512, 512)])
+def test_whatever_is_as_large_as_a_block_keeps_its_slice(size):
+    """A spot that stands out by an eighth of the range, wherever it lies, at the edges of the slice too."""
+    rng = np.random.default_rng(2)
+    corners = [(y, x) for y in (0, size[0] - 4) for x in (0, size[1] - 4)]
+    places = corners + [(int(rng.integers(size[0] - 3)), int(rng.integers(size[1] - 3))) for _ in range(40)]
+    voxels = np.zeros((len(places) + 20, *size))
+    voxels[-20:] = rng.uniform(0, 1000, (20, *size))  # so that low is 0 and high about 1000
+    for image, (y, x) in zip(voxels, places, strict=False):
+        image[y : y + 4, x : x + 4] = 125
+    scan = scan_of(voxels)
+    assert not blank_slices(scan, encoding_of(scan, 64)).any()
+
+
+def blank_cohort(folder: Path) -> Path:
+    """A CT of 9 slices, of which 0, 4, 5 and 8 are blank, with a mask that marks something on the last; an MR."""
+    rng = np.random.default_rng(3)
+    hu = rng.integers(-1000, 2000, (20, 18, 9), dtype=np.int16)
+    hu[..., [0, 4, 5, 8]] = -1024
+    labels = np.zeros(hu.shape, np.uint8)
+    labels[3:9, 2:7, [2, 8]] = 5
+    mask = save_nifti(folder / "mask.nii.gz", labels)
+    mr = save_nifti(folder / "mr.nii.gz", rng.gamma(2, 100, (14, 30, 7)).astype(np.float32))
+    scans = [
+        {"path": save_nifti(folder / "ct.nii.gz", hu), "modality": "CT", "mask": mask},
+        {"path": mr, "modality": "MR"},
+    ]
+    return save_manifest(folder / "blank.csv", scans)
+
+
+def test_blank_slices_are_left_out_and_counted(tmp_path):
+    manifest = blank_cohort(tmp_path)
+    summary = prepare(manifest, tmp_path / "store", size_px=32)
+    assert (summary.n_slices, summary.n_blank) == (13, 3)
+    assert "3 blank slices are left out (scans.csv says which)" in str(summary)
+    store = Store(tmp_path / "store")
+    ct, mr = store.scans
+    assert (ct.depth, ct.blank, ct.n_slices, mr.blank) == (9, (0, 4, 5), 6, ())
+    assert (store.info.n_blank, store.info.shard_slices) == (3, (13,))
+    assert store.column("slice_index").tolist() == [1, 2, 3, 6, 7, 8, *range(7)]
+    np.testing.assert_array_equal(store.column("position")[:6], np.float32([1, 2, 3, 6, 7, 8]) / np.float32(8))
+    np.testing.assert_array_equal(store.column("row"), np.arange(13))
+    hu, labels = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("ct.nii.gz", "mask.nii.gz"))
+    np.testing.assert_array_equal(to_source_grid(store.masks(range(6)), ct), labels)
+    back = to_source_grid(store.physical(range(6)), ct)
+    np.testing.assert_array_equal(back[..., [1, 2, 3, 6, 7, 8]], hu[..., [1, 2, 3, 6, 7, 8]])
+    assert verify(tmp_path / "store")
+
+
+def test_blank_slices_are_kept_when_asked(tmp_path):
+    manifest = blank_cohort(tmp_path)
+    summary = prepare(manifest, tmp_path / "store", size_px=32, keep_blank=True)
+    assert (summary.n_slices, summary.n_blank) == (16, 0)
+    assert "blank slices" not in str(summary)
+    store = Store(tmp_path / "store")
+    hu = np.asarray(nib.load(tmp_path / "ct.nii.gz").dataobj)
+    np.testing.assert_array_equal(to_source_grid(store.physical(range(9)), store.scans[0]), hu)
+    with pytest.raises(MedclrError, match=r"at 32 px with blank slices by medclr .*, not of blank\.csv .* at 32 px by"):
+        prepare(manifest, tmp_path / "store", size_px=32)
+
+
+def test_a_scan_of_blank_slices_is_refused(tmp_path):
+    steps = np.broadcast_to(np.arange(5.0), (20, 20, 5)).copy()
+    scans = [
+        {"path": save_nifti(tmp_path / "steps.nii.gz", steps), "modality": "MR"},
+        {"path": save_nifti(tmp_path / "good.nii.gz", np.random.default_rng(0).random((20, 20, 5))), "modality": "MR"},
+    ]
+    summary = prepare(save_manifest(tmp_path / "m.csv", scans), tmp_path / "store", size_px=32)
+    assert (summary.n_scans, summary.n_rejected, summary.n_blank) == (1, 1, 0)
+    assert "each of its 5 slices is blank: there is nothing to see" in (tmp_path / "store/rejected.csv").read_text()
+
+
 # The store as a whole
 
 
@@ -172,7 +268,7 @@ def test_bytes_do_not_depend_on_interruption(tmp_path, monkeypatch):
     prepare(manifest, tmp_path / "plain", size_px=32)
 
     decoded: list[str] = []
-    decode = preparing.decode
+    decode = sharding.decode
 
     def interrupted_decode(row, source):
         if len(decoded) == 5:
@@ -180,7 +276,7 @@ def test_bytes_do_not_depend_on_interruption(tmp_path, monkeypatch):
         decoded.append(row.scan_id)
         return decode(row, source)
 
-    monkeypatch.setattr(preparing, "decode", interrupted_decode)
+    monkeypatch.setattr(sharding, "decode", interrupted_decode)
     with pytest.raises(KeyboardInterrupt):
         prepare(manifest, tmp_path / "resumed", size_px=32)
     assert not list((tmp_path / "resumed").glob(".*"))
@@ -189,7 +285,7 @@ def test_bytes_do_not_depend_on_interruption(tmp_path, monkeypatch):
     with pytest.raises(MedclrError, match=r"holds a store of mixed\.csv .*at 32 px .* choose another --out"):
         prepare(manifest, tmp_path / "resumed", size_px=16)
     decoded[:] = ["skipped"]
-    monkeypatch.setattr(preparing, "decode", lambda row, source: (decoded.append(row.scan_id), decode(row, source))[1])
+    monkeypatch.setattr(sharding, "decode", lambda row, source: (decoded.append(row.scan_id), decode(row, source))[1])
     prepare(manifest, tmp_path / "resumed", size_px=32)
     assert len(decoded) - 1 == 5, "what was finished is not decoded again"
 
@@ -216,8 +312,8 @@ def test_only_what_is_whole_is_taken_over(tmp_path, monkeypatch):
     journal = out / "unfinished.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     decoded: list[str] = []
-    decode = preparing.decode
-    monkeypatch.setattr(preparing, "decode", lambda row, source: (decoded.append(row.path), decode(row, source))[1])
+    decode = sharding.decode
+    monkeypatch.setattr(sharding, "decode", lambda row, source: (decoded.append(row.path), decode(row, source))[1])
     prepare(manifest, out, size_px=32)
     assert decoded == ["mr0.nii.gz", "mr1.nii.gz", "xr3.png"]
     assert contents(out) == contents(tmp_path / "plain")
@@ -319,7 +415,7 @@ def test_a_file_that_vanishes_meanwhile_is_no_reject(tmp_path):
     manifest = read_manifest(mixed_cohort(tmp_path))
     row = manifest.rows[0]
     with pytest.raises(MedclrError, match=r"lost\.nii: cannot be read \(No such file or directory\)"):
-        preparing.decode(row, SourceFiles([tmp_path / "lost.nii"], None))
+        sharding.decode(row, SourceFiles([tmp_path / "lost.nii"], None))
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
@@ -355,7 +451,7 @@ def test_a_bug_of_ours_names_the_file(tmp_path, monkeypatch):
         raise ZeroDivisionError("oops")
 
     manifest = mixed_cohort(tmp_path)
-    monkeypatch.setattr(preparing, "encode_mask", broken)
+    monkeypatch.setattr(sharding, "encode_mask", broken)
     with pytest.raises(RuntimeError, match=r"mr0\.nii\.gz: oops"):
         prepare(manifest, tmp_path / "store", size_px=16)
 
@@ -395,14 +491,15 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 import medclr.data.prepare as preparing
+import medclr.data.shard as sharding
 from medclr.errors import MedclrError
 
-decode = preparing.decode
+decode = sharding.decode
 def tampered(row, source):
     if row.path == "xr3.png":
         {action}
     return decode(row, source)
-preparing.decode = tampered  # in the workers too: they run this file when they start
+sharding.decode = tampered  # in the workers too: they run this file when they start
 preparing.SHARDS, preparing.SHARD_SLICES = 1000, 1
 
 if __name__ == "__main__":

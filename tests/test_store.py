@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from cohort import mixed_cohort
 
+from medclr import files
 from medclr.data import prepare as preparing
-from medclr.data import store as stores
+from medclr.data import tables
+from medclr.data.encode import nearest
 from medclr.data.prepare import prepare
-from medclr.data.store import TABLE, Store, StoredScan, to_source_grid, verify
+from medclr.data.store import Store, to_source_grid, verify
+from medclr.data.tables import TABLE, StoredScan
 from medclr.errors import MedclrError
 from medclr.scans import read
 from medclr.scans.nifti import read_mask
@@ -97,11 +100,19 @@ def test_threads_may_share_it(made):
 
 def test_table_of_scans_survives_the_text(made):
     scans = Store(made / "store").scans
-    assert [stores.parse_scan(stores.scan_cells(scan)) for scan in scans] == scans
     odd = replace(
-        scans[0], scan_id='a,"b', affine=(0.1, 1 / 3, -1e-300, 7.0), source_flips=(True, False, True), label=""
-    )
-    assert stores.parse_scan(stores.scan_cells(odd)) == odd
+        scans[0], scan_id='a,"b', affine=(0.1, 1 / 3, -1e-300, 7.0), source_flips=(True, False, True), label="",
+        blank=(0, 7), irregular="2 of 22 slices are missing; b", window_center=0.0, window_width=1 / 3, volume=3,
+    )  # fmt: skip
+    path = made / "odd.csv"
+    path.write_text(tables.scans_csv([*scans, odd]))
+    assert tables.read_scans(path) == [*scans, odd]
+    path.write_text(tables.scans_csv([]))
+    assert tables.read_scans(path) == []
+    for cells in (",", "7" + 40 * ","):
+        path.write_text(tables.scans_csv([odd]) + cells + "\n")
+        with pytest.raises(MedclrError, match=r"odd\.csv: cannot be read"):
+            tables.read_scans(path)
 
 
 def test_way_back_undoes_axes_flips_and_shrinking():
@@ -112,10 +123,15 @@ def test_way_back_undoes_axes_flips_and_shrinking():
     square = np.zeros((10, 20, 20), dtype=int)
     square[:, 6:13, 4:16] = volume
     scan = StoredScan(
-        "", "", "", "MR", "", "", "", "", "", 10, 7, 12, 6, 4, 7, 12, (1, 1, 1), (), (7, 12, 10), axes, flips,
-        1, 0, 0, 1, 0, False, 0, 0,
+        "", "", "", "MR", "", "", "", "", "", 0, "", 10, 7, 12, (), 6, 4, 7, 12, (1, 1, 1), (), (7, 12, 10), axes,
+        flips, 1, 0, 0, 1, 0, None, None, False, 0, 0,
     )  # fmt: skip
     np.testing.assert_array_equal(to_source_grid(square, scan), source)
+
+    without = source.copy()
+    without[..., [9, 1]] = 0  # the first axis of the volume runs against the last of the source
+    stored = square[[1, 2, 3, 4, 5, 6, 7, 9]]
+    np.testing.assert_array_equal(to_source_grid(stored, replace(scan, blank=(0, 8))), without)
 
     doubled = np.repeat(np.repeat(square[:, 6:13, 4:16], 2, 1), 2, 2)  # as if the source had been twice as fine
     fine = to_source_grid(square, replace(scan, height=14, width=24, source_shape=(14, 24, 10)))
@@ -125,7 +141,7 @@ def test_way_back_undoes_axes_flips_and_shrinking():
 @pytest.mark.parametrize(("n_from", "n_to"), [(5, 5), (512, 224), (224, 512), (3, 1), (1, 3), (101, 64)])
 def test_nearest_takes_the_pixel_under_the_centre(n_from, n_to):
     centres = (np.arange(n_to) + 0.5) * (n_from / n_to)
-    found = stores.nearest(n_from, n_to)
+    found = nearest(n_from, n_to)
     assert ((found <= centres + 1e-9) & (centres - 1e-9 <= found + 1)).all()
     if n_from == n_to:
         np.testing.assert_array_equal(found, np.arange(n_from))
@@ -148,8 +164,8 @@ def test_no_store(tmp_path):
 
 
 def test_another_version(copy):
-    edit_info(copy, format_version=2, medclr_version="9.1")
-    with pytest.raises(MedclrError, match=r"is of store format 2 \(medclr 9\.1\), this medclr reads format 1; prepare"):
+    edit_info(copy, format_version=3, medclr_version="9.1")
+    with pytest.raises(MedclrError, match=r"is of store format 3 \(medclr 9\.1\), this medclr reads format 2; prepare"):
         Store(copy)
 
 
@@ -158,7 +174,7 @@ def test_another_manifest(made):
         Store(made / "store", manifest=made / "mixed.files.csv")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 2}'])
 def test_damaged_json(copy, text):
     (copy / "store.json").write_text(text)
     with pytest.raises(
@@ -200,14 +216,40 @@ def test_verify_holds_the_tables_against_each_other(copy):
     store = Store(copy)
     columns = {name: store.column(name).copy() for name in TABLE}
     columns["offset"][7] += 1
-    stores.write_table(copy / "slices.arrow", columns)
+    tables.write_table(copy / "slices.arrow", columns)
     written = json.loads((copy / "store.json").read_text())["files"]
     written["slices.arrow"] = {
         "size": (copy / "slices.arrow").stat().st_size,
-        "sha256": stores.files.sha256(copy / "slices.arrow"),
+        "sha256": files.sha256(copy / "slices.arrow"),
     }
     edit_info(copy, files=written)
     with pytest.raises(MedclrError, match=r"column offset contradicts scans\.csv"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"content_left": 40}, r"scans\.csv: the row of scan\d+ contradicts itself"),
+        ({"first_row": 1}, r"scans\.csv: the row of scan\d+ contradicts itself"),
+        ({"blank": (1,)}, r"store\.json: n_blank contradicts scans\.csv"),
+        ({"blank": (11,)}, r"scans\.csv: the row of scan\d+ contradicts itself"),
+        ({"window_width": 3.0}, r"scans\.csv: the row of scan\d+ contradicts itself"),
+        ({"source_shape": (20, 18, 12)}, r"scans\.csv: the row of scan\d+ contradicts itself"),
+        ({"patient_id": "p9"}, r"store\.json: n_patients contradicts scans\.csv"),
+    ],
+)
+def test_verify_holds_the_scans_against_themselves(copy, change, message):
+    scans = Store(copy).scans
+    scans[2] = replace(scans[2], **change)
+    (copy / "scans.csv").write_text(tables.scans_csv(scans))
+    written = json.loads((copy / "store.json").read_text())["files"]
+    written["scans.csv"] = {
+        "size": (copy / "scans.csv").stat().st_size,
+        "sha256": files.sha256(copy / "scans.csv"),
+    }
+    edit_info(copy, files=written)
+    with pytest.raises(MedclrError, match=message):
         verify(copy)
 
 

@@ -3,105 +3,40 @@
     store.json         what this is: format version, slice size, the manifest's hash, every file's size and SHA-256
     slices-NNNNN.npy   uint16 [n,S,S], whole scans one after another; physical value = offset + scale * stored
     masks-NNNNN.npy    uint16 [n,S,S], labels on the same grid; only where a scan of the shard has a mask
-    slices.arrow       one row a slice: where it lies and what it means (``TABLE``); mapped, so it opens at once
-    scans.csv          one row a scan (``StoredScan``), with the way back to the voxels of its source file
+    slices.arrow       one row a slice: where it lies and what it means; mapped, so it opens at once
+    scans.csv          one row a scan, with the way back to the voxels of its source file
     rejected.csv       the scans that could not be decoded, and why
 
-``medclr/data/prepare.py`` writes a store, ``store.json`` last; from then on nothing in it changes.
+The columns of the tables stand in ``tables.py``. ``prepare.py`` writes a store, ``store.json`` last; from then on
+nothing in it changes.
 
 Shape letters: N slices of the store, n of a shard, B asked for, D of a scan; H rows and W columns of the source;
 S = size_px.
 """
 
-import csv
-import io
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from medclr import files
+from medclr.data.encode import nearest
+from medclr.data.tables import REMAKE, StoredScan, read_scans, read_table, slice_table
 from medclr.errors import MedclrError
 from medclr.progress import progress
 
-FORMAT_VERSION = 1
-
-TABLE: dict[str, type[np.number[Any]]] = {
-    "scan": np.int32,  # row of scans.csv
-    "patient": np.int32,  # index into Store.patients
-    "modality": np.int8,  # index into StoreInfo.modalities
-    "slice_index": np.int32,  # d
-    "position": np.float32,  # d / (D - 1); 0.5 where D = 1
-    "shard": np.int32,
-    "row": np.int32,  # within the shard
-    "scale": np.float32,  # physical = offset + scale * stored
-    "offset": np.float32,
-    "low": np.float32,  # 0.5 and 99.5 percentiles of the scan, physical units
-    "high": np.float32,
-    "air": np.float32,  # physical value of the padding
-    "label": np.int32,  # index into StoreInfo.labels; -1 = none
-}
-"""Columns of ``slices.arrow``."""
+FORMAT_VERSION = 2
 
 UNFINISHED = "unfinished.jsonl"
 """Stands in a store until it is complete: what it will be, and then a line for each shard that is written."""
-
-_REMAKE = "delete the store and run medclr prepare again"
-
-
-@dataclass(frozen=True)
-class StoredScan:
-    """One scan of a store. Its fields are the columns of ``scans.csv``; the values of a tuple are parted by blanks."""
-
-    scan_id: str
-    """This and the next eight are the manifest's."""
-    patient_id: str
-    study_id: str
-    modality: str
-    body_part: str
-    plane: str
-    label: str
-    split: str
-    sha256: str
-    depth: int
-    """D."""
-    height: int
-    """H."""
-    width: int
-    """W."""
-    content_top: int
-    """This and the next three: where the slice lies in the square, in pixels; around it is padding."""
-    content_left: int
-    content_height: int
-    content_width: int
-    spacing_mm: tuple[float, float, float]
-    """Of the source, along (d,h,w)."""
-    affine: tuple[float, ...]
-    """The 16 numbers of ``Scan.affine``, row by row: source (d,h,w,1) -> RAS+ millimetres."""
-    source_shape: tuple[int, ...]
-    """This and the next two as in ``Scan``."""
-    source_axes: tuple[int, int, int]
-    source_flips: tuple[bool, bool, bool]
-    scale: float
-    """physical = offset + scale * stored."""
-    offset: float
-    low: float
-    """0.5 and 99.5 percentiles of the scan, physical units."""
-    high: float
-    air: float
-    """Physical value of the padding."""
-    has_mask: bool
-    shard: int
-    first_row: int
-    """The scan's slices are the rows from ``first_row`` to ``first_row + depth`` of its shard."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +56,11 @@ class StoreInfo:
     medclr_version: str
     size_px: int
     """S."""
+    keep_blank: bool
+    """Whether slices that show nothing are among the stored."""
     n_slices: int
+    n_blank: int
+    """Slices that show nothing and are not stored."""
     n_scans: int
     n_patients: int
     n_rejected: int
@@ -160,7 +99,7 @@ class Store:
             )
         for name, written in self.info.files.items():
             _check_size(self.path / name, written.size)
-        self._columns = _read_table(self.path / "slices.arrow", self.info.n_slices)
+        self._columns = read_table(self.path / "slices.arrow", self.info.n_slices)
         self._slices: dict[int, NDArray[np.uint16]] = {}  # shard -> [n,S,S], mapped when first read
         self._masks: dict[int, NDArray[np.uint16]] = {}
 
@@ -250,40 +189,67 @@ def verify(store: Path) -> str:
         digests = pool.map(lambda name: files.sha256(opened.path / name), info.files)
         for (name, written), digest in zip(info.files.items(), digests, strict=True):
             if digest != written.sha256:
-                raise MedclrError(f"{opened.path / name}: its bytes changed since it was written; {_REMAKE}")
+                raise MedclrError(f"{opened.path / name}: its bytes changed since it was written; {REMAKE}")
             advance(1)
     for shard in range(len(info.shard_slices)):
         for name in (slices_name(shard), masks_name(shard)):
             _map_shard(opened.path, info, shard, name)
+    _check_scans(opened)
     for name, column in slice_table(opened.scans, info.modalities, info.labels).items():
         if not np.array_equal(column, opened.column(name)):
-            raise MedclrError(f"{opened.path / 'slices.arrow'}: column {name} contradicts scans.csv; {_REMAKE}")
+            raise MedclrError(f"{opened.path / 'slices.arrow'}: column {name} contradicts scans.csv; {REMAKE}")
     return f"{store} is whole: {info.n_slices:,} slices of {info.n_scans:,} scans in {len(info.files):,} files"
+
+
+def _check_scans(store: Store) -> None:
+    """Raise unless every row of ``scans.csv`` is possible, and together they are what ``store.json`` says."""
+    info, size_px = store.info, store.info.size_px
+    rows = [0] * len(info.shard_slices)  # next row of each shard
+    for scan in store.scans:
+        box = scan.content_top, scan.content_left, scan.content_height, scan.content_width
+        is_possible = (
+            list(scan.blank) == sorted(set(scan.blank) & set(range(scan.depth)))
+            and scan.n_slices > 0
+            and min(box[:2]) >= 0 < min(box[2:])
+            and max(box[0] + box[2], box[1] + box[3]) <= size_px
+            and sorted(scan.source_axes) == [0, 1, 2]
+            and math.prod(scan.source_shape) == scan.depth * scan.height * scan.width
+            and len(scan.affine) == 16
+            and (scan.window_center is None) == (scan.window_width is None)
+            and 0 <= scan.shard < len(rows)
+            and scan.first_row == rows[scan.shard]
+        )
+        if not is_possible:
+            raise MedclrError(f"{store.path / 'scans.csv'}: the row of {scan.scan_id} contradicts itself; {REMAKE}")
+        rows[scan.shard] += scan.n_slices
+    for name, found in {
+        "n_scans": len(store.scans),
+        "n_patients": len(store.patients),
+        "n_blank": sum(len(scan.blank) for scan in store.scans),
+        "masks": any(scan.has_mask for scan in store.scans),
+        "shard_slices": tuple(rows),
+    }.items():
+        if getattr(info, name) != found:
+            raise MedclrError(f"{store.path / 'store.json'}: {name} contradicts scans.csv; {REMAKE}")
 
 
 def to_source_grid(labels: NDArray[Any], scan: StoredScan) -> NDArray[Any]:
     """Bring labels on a scan's stored slices back to the voxels of its source file, by nearest neighbour.
 
     Args:
-        labels: [D,S,S].
+        labels: [n,S,S], on the stored slices of the scan, in order.
         scan: the scan's row of ``scans.csv``.
 
     Returns:
-        ``scan.source_shape``, in the source file's own index order, of the same type as ``labels``.
+        ``scan.source_shape``, in the source file's own index order, of the same type as ``labels``; 0 on the slices
+        that are not stored because they show nothing.
     """
     rows = scan.content_top + nearest(scan.content_height, scan.height)  # [H]
     columns = scan.content_left + nearest(scan.content_width, scan.width)  # [W]
-    volume = labels[:, rows[:, None], columns]  # [D,H,W]
+    volume = np.zeros((scan.depth, scan.height, scan.width), dtype=labels.dtype)  # [D,H,W]
+    volume[scan.slice_indices()] = labels[:, rows[:, None], columns]
     volume = np.flip(volume, tuple(axis for axis, flipped in enumerate(scan.source_flips) if flipped))
     return volume.transpose(np.argsort(scan.source_axes).tolist()).reshape(scan.source_shape)
-
-
-def nearest(n_from: int, n_to: int) -> NDArray[np.int64]:
-    """[n_to], for each pixel of a resized line the pixel of the original line in which its centre lies.
-
-    Both lines cover the same millimetres: pixel i has its centre at (i + 1/2) n_from / n_to, in pixels of the original.
-    """
-    return (2 * np.arange(n_to, dtype=np.int64) + 1) * n_from // (2 * n_to)
 
 
 def slices_name(shard: int) -> str:
@@ -294,78 +260,6 @@ def slices_name(shard: int) -> str:
 def masks_name(shard: int) -> str:
     """File name of a shard's masks."""
     return f"masks-{shard:05d}.npy"
-
-
-def slice_table(
-    scans: Sequence[StoredScan], modalities: Sequence[str], labels: Sequence[str]
-) -> dict[str, NDArray[Any]]:
-    """The columns of ``TABLE``, [N] each: everything in them follows from the scans."""
-    depths = np.array([scan.depth for scan in scans])  # one a scan
-    scan_of = np.repeat(np.arange(len(scans)), depths)  # [N]
-    slice_index = np.arange(len(scan_of)) - (np.cumsum(depths) - depths)[scan_of]  # [N]
-    depth = depths[scan_of]  # [N]
-    patient_index = {patient: i for i, patient in enumerate(sorted({scan.patient_id for scan in scans}))}
-    per_scan: dict[str, list[Any]] = {
-        "patient": [patient_index[scan.patient_id] for scan in scans],
-        "modality": [modalities.index(scan.modality) for scan in scans],
-        "label": [labels.index(scan.label) if scan.label else -1 for scan in scans],
-        "first_row": [scan.first_row for scan in scans],
-    }
-    for name in ("shard", "scale", "offset", "low", "high", "air"):
-        per_scan[name] = [getattr(scan, name) for scan in scans]
-    columns = {name: np.array(values)[scan_of] for name, values in per_scan.items()}
-    columns["scan"] = scan_of
-    columns["slice_index"] = slice_index
-    columns["position"] = np.where(depth == 1, 0.5, slice_index / np.maximum(depth - 1, 1))
-    columns["row"] = columns["first_row"] + slice_index
-    return {name: columns[name].astype(kind) for name, kind in TABLE.items()}
-
-
-def write_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
-    """Write ``slices.arrow``: one uncompressed record batch, so that each column is one piece of the mapped file."""
-    batch = pa.record_batch(columns)
-    with files.writing(path) as temporary, pa.ipc.new_file(str(temporary), batch.schema) as out:
-        out.write_batch(batch)
-
-
-def scan_cells(scan: StoredScan) -> list[str]:
-    """The cells of one row of ``scans.csv``; numbers to the last digit."""
-    values = (getattr(scan, name) for name in _NAMES)
-    return [" ".join(map(_text, value)) if isinstance(value, tuple) else _text(value) for value in values]
-
-
-def parse_scan(cells: Sequence[str]) -> StoredScan:
-    """The inverse of ``scan_cells``.
-
-    Raises:
-        ValueError: there are too many or too few cells, or one cannot be read.
-    """
-    return StoredScan(*(_parse(kind, cell) for kind, cell in zip(_KINDS, cells, strict=True)))
-
-
-def scans_csv(scans: Iterable[StoredScan]) -> str:
-    """The text of ``scans.csv``."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_NAMES)
-    writer.writerows(map(scan_cells, scans))
-    return text.getvalue()
-
-
-def read_scans(path: Path) -> list[StoredScan]:
-    """Read ``scans.csv``.
-
-    Raises:
-        MedclrError: it cannot be read.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            if next(rows, None) != _NAMES:
-                raise ValueError("its columns are not those of this version")
-            return [parse_scan(cells) for cells in rows]
-    except (OSError, ValueError) as error:
-        raise MedclrError(f"{path}: cannot be read ({error}); {_REMAKE}") from error
 
 
 def read_info(folder: Path) -> StoreInfo:
@@ -391,19 +285,7 @@ def read_info(folder: Path) -> StoreInfo:
             raise MedclrError(f"{folder}: the store is unfinished; run the same medclr prepare to go on") from None
         raise MedclrError(f"{folder}: is not a slice store (it has no store.json); medclr prepare makes one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MedclrError(f"{path}: cannot be read ({error}); {_REMAKE}") from error
-
-
-def _read_table(path: Path, n_slices: int) -> dict[str, NDArray[Any]]:
-    """The columns of ``slices.arrow``, mapped."""
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        columns = {name: table[name].chunk(0).to_numpy() for name in TABLE}
-    except (OSError, KeyError, IndexError, pa.ArrowInvalid) as error:
-        raise MedclrError(f"{path}: is not a slice table ({error}); {_REMAKE}") from error
-    if any(column.shape != (n_slices,) or column.dtype != TABLE[name] for name, column in columns.items()):
-        raise MedclrError(f"{path}: is not the table of this store; {_REMAKE}")
-    return columns
+        raise MedclrError(f"{path}: cannot be read ({error}); {REMAKE}") from error
 
 
 def _map_shard(folder: Path, info: StoreInfo, shard: int, name: str) -> NDArray[np.uint16]:
@@ -414,9 +296,9 @@ def _map_shard(folder: Path, info: StoreInfo, shard: int, name: str) -> NDArray[
     try:
         mapped = np.load(folder / name, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise MedclrError(f"{folder / name}: cannot be read ({error}); {_REMAKE}") from error
+        raise MedclrError(f"{folder / name}: cannot be read ({error}); {REMAKE}") from error
     if mapped.shape != shape or mapped.dtype != np.uint16:
-        raise MedclrError(f"{folder / name}: holds {mapped.dtype} {mapped.shape}, expected uint16 {shape}; {_REMAKE}")
+        raise MedclrError(f"{folder / name}: holds {mapped.dtype} {mapped.shape}, expected uint16 {shape}; {REMAKE}")
     return np.asarray(mapped)  # a plain array: numpy's memmap class would make each slicing several times slower
 
 
@@ -424,20 +306,6 @@ def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise MedclrError(f"{path}: is missing from the store; {_REMAKE}") from None
+        raise MedclrError(f"{path}: is missing from the store; {REMAKE}") from None
     if found != size:
-        raise MedclrError(f"{path}: holds {found:,} bytes where {size:,} were written; {_REMAKE}")
-
-
-def _text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def _parse(kind: Any, cell: str) -> Any:
-    if get_origin(kind) is tuple:
-        return tuple(_parse(get_args(kind)[0], part) for part in cell.split())
-    return bool(int(cell)) if kind is bool else kind(cell)
-
-
-_NAMES = [field.name for field in fields(StoredScan)]
-_KINDS = [get_type_hints(StoredScan)[name] for name in _NAMES]
+        raise MedclrError(f"{path}: holds {found:,} bytes where {size:,} were written; {REMAKE}")

@@ -1,0 +1,223 @@
+"""One shard of a slice store: its scans decoded, its files written, and what is to be said of them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medclr import files
+from medclr.data import store as stores
+from medclr.data.encode import Encoding, blank_slices, encode, encode_mask, encoding_of
+from medclr.data.manifest import ScanRow, SourceFiles
+from medclr.data.store import FileInfo
+from medclr.data.tables import StoredScan
+from medclr.errors import MedclrError, ScanError
+from medclr.scans.scan import Scan
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work."""
+
+    number: int
+    scans: list[tuple[ScanRow, SourceFiles]]
+
+    @property
+    def n_slices(self) -> int:
+        """As the manifest has it."""
+        return sum(row.n_slices for row, _ in self.scans)
+
+    @property
+    def masks(self) -> bool:
+        """Whether any of its scans has one."""
+        return any(source.mask for _, source in self.scans)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker made of a shard: a line of ``unfinished.jsonl``."""
+
+    shard: int
+    scans: list[StoredScan]
+    rejected: list[tuple[str, str]]
+    """Path and reason."""
+    files: dict[str, FileInfo]
+
+
+def decode(row: ScanRow, source: SourceFiles) -> tuple[Scan, NDArray[np.uint16] | None]:
+    """Read a scan, and its mask [D,H,W] if it has one.
+
+    Raises:
+        ScanError: what the files hold is not, or cannot safely become, a scan or its mask.
+        MedclrError: a file cannot be read at all: that is no property of the scan, and must not remove it silently.
+    """
+    from medclr.scans import read
+    from medclr.scans.nifti import read_mask
+    from medclr.scans.policy import ACCEPTED, Plane
+
+    try:
+        plane: Any = row.plane if row.plane in get_args(Plane) else None
+        scan = read(source.image, row.modality, volume=row.volume, plane=plane, policy=ACCEPTED)
+        return scan, None if source.mask is None else read_mask(source.mask, scan)
+    except MedclrError:
+        raise
+    except MemoryError:
+        raise MedclrError(f"{source.image[0]}: memory is too small to decode it; try fewer --workers") from None
+    except Exception as error:  # decoders raise anything on broken files
+        if isinstance(error, OSError) and error.errno is not None:
+            where = error.filename or source.image[0]
+            raise MedclrError(f"{where}: cannot be read ({error.strerror}); mend that and run again") from error
+        raise ScanError(f"{type(error).__name__}: {error}") from error
+
+
+def write_shard(
+    shard: Shard, out: Path, size_px: int, keep_blank: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> Part:
+    """Decode the scans of a shard, and write its slices and its masks.
+
+    Args:
+        shard: what to decode.
+        out: folder of the store.
+        size_px: S.
+        keep_blank: whether slices that show nothing are written as well.
+        stopped: asked before each scan whether to leave.
+
+    Raises:
+        Stopped: if so; nothing of the shard is left.
+        MedclrError: a file cannot be read, or the disk is full.
+    """
+    scans: list[StoredScan] = []
+    rejected: list[tuple[str, str]] = []
+    written: dict[str, FileInfo] = {}
+    n_slices, has_masks = 0, shard.masks
+    with contextlib.ExitStack() as stack:
+        slices = stack.enter_context(_npy(out / stores.slices_name(shard.number), size_px, written))
+        if has_masks:
+            masks = stack.enter_context(_npy(out / stores.masks_name(shard.number), size_px, written))
+        for row, source in shard.scans:
+            if stopped():
+                raise Stopped
+            try:
+                scan, mask = decode(row, source)
+                encoding = encoding_of(scan, size_px)
+                kept = np.arange(len(scan.voxels)) if keep_blank else _seen(scan, mask, encoding)  # [n]
+            except ScanError as error:
+                rejected.append((row.path, _without_folders(str(error), source)))
+                continue
+            try:
+                for square in encode((scan.voxels[d] for d in kept), encoding, size_px):
+                    slices(square)
+                if mask is not None:
+                    masks(encode_mask(mask[kept], encoding, size_px))
+                elif has_masks:
+                    masks(np.zeros((len(kept), size_px, size_px), dtype=np.uint16))
+            except (MedclrError, OSError):
+                raise
+            except Exception as error:
+                raise RuntimeError(f"{source.image[0]}: {error}") from error
+            scans.append(_stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices))
+            n_slices += len(kept)
+    return Part(shard.number, scans, rejected, written)
+
+
+def _seen(scan: Scan, mask: NDArray[np.uint16] | None, encoding: Encoding) -> NDArray[np.int64]:
+    """The slices [n] that show something, or on which something is marked.
+
+    Raises:
+        ScanError: there is none.
+    """
+    blank = blank_slices(scan, encoding)  # [D]
+    if mask is not None:
+        blank &= ~mask.any((1, 2))
+    if blank.all():
+        raise ScanError(f"each of its {len(blank)} slices is blank: there is nothing to see")
+    return np.flatnonzero(~blank)
+
+
+def _without_folders(reason: str, source: SourceFiles) -> str:
+    """A store may be shared: where the ward keeps its scans stays in the manifest's table of files."""
+    for file in (*source.image, *([source.mask] if source.mask else [])):
+        reason = reason.replace(str(file), file.name)
+    return reason
+
+
+class Stopped(Exception):
+    """A worker was told to leave."""
+
+
+def _stored_scan(
+    row: ScanRow,
+    scan: Scan,
+    encoding: Encoding,
+    kept: NDArray[np.int64],
+    has_mask: bool,
+    shard: int,
+    first_row: int,
+) -> StoredScan:
+    depth, height, width = scan.voxels.shape
+    return StoredScan(
+        scan_id=row.scan_id,
+        patient_id=row.patient_id,
+        study_id=row.study_id,
+        modality=scan.modality,
+        body_part=row.body_part,
+        plane=row.plane,
+        label=row.label,
+        split=row.split,
+        sha256=row.sha256,
+        volume=row.volume,
+        irregular=row.irregular,
+        depth=depth,
+        height=height,
+        width=width,
+        blank=tuple(np.setdiff1d(np.arange(depth), kept).tolist()),
+        content_top=encoding.top,
+        content_left=encoding.left,
+        content_height=encoding.height,
+        content_width=encoding.width,
+        spacing_mm=scan.spacing_mm,
+        affine=tuple(scan.affine.ravel().tolist()),
+        source_shape=scan.source_shape,
+        source_axes=scan.source_axes,
+        source_flips=scan.source_flips,
+        scale=encoding.scale,
+        offset=encoding.offset,
+        low=encoding.low,
+        high=encoding.high,
+        air=encoding.air,
+        window_center=None if scan.window is None else scan.window.center,
+        window_width=None if scan.window is None else scan.window.width,
+        has_mask=has_mask,
+        shard=shard,
+        first_row=first_row,
+    )
+
+
+@contextlib.contextmanager
+def _npy(path: Path, size_px: int, written: dict[str, FileInfo]) -> Iterator[Callable[[NDArray[np.uint16]], None]]:
+    """Yield a function that appends [S,S] or [D,S,S] to a new .npy file: no shard has to fit into memory.
+
+    On success the file is entered into ``written``.
+    """
+    with files.writing(path, flushed=False) as temporary:
+        with temporary.open("wb") as file:
+            _write_header(file, (0, size_px, size_px))
+            start = file.tell()
+
+            def append(squares: NDArray[np.uint16]) -> None:
+                file.write(squares.data)  # not tofile, whose error for a full disk has no number
+
+            yield append
+            n_slices = (file.tell() - start) // (2 * size_px**2)
+            file.seek(0)
+            _write_header(file, (n_slices, size_px, size_px))
+            assert file.tell() == start, "numpy leaves room for the first axis to grow in place"
+        written[path.name] = FileInfo(temporary.stat().st_size, files.sha256(temporary))
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
