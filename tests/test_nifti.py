@@ -1,6 +1,5 @@
-"""NIfTI: orientation, slices, scaling, masks on the scan's grid, and what is refused."""
+"""NIfTI: orientation, slices, volumes, and masks on the scan's grid. Formats and damage: test_nifti_files.py."""
 
-import gzip
 import itertools
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from medclr import scans
 from medclr.errors import ScanError
 from medclr.scans import nifti
+from medclr.scans.policy import ACCEPTED, Plane, Policy
 from medclr.scans.scan import Scan
 from tests.conftest import shared_data
 
@@ -93,30 +93,120 @@ def test_slices_lie_across_the_coarsest_axis(tmp_path: Path, spacing: tuple[floa
     assert "".join(nib.aff2axcodes(scan.affine)) == world
 
 
-def test_scaling_and_types(tmp_path: Path) -> None:
-    header = nib.Nifti1Image(VOLUME, RAS).header
-    header["scl_slope"], header["scl_inter"] = 0.25, -100
-    (tmp_path / "a.nii").write_bytes(header.binaryblock + bytes(4) + VOLUME.tobytes(order="F"))
-    scan = nifti.read([tmp_path / "a.nii"], "MR")
-    np.testing.assert_allclose(scan.voxels, (VOLUME * 0.25 - 100).transpose(2, 1, 0)[:, ::-1, ::-1], rtol=1e-6)
-    for dtype in (np.uint8, np.int32, np.float32, np.float64):
-        values = np.abs(VOLUME % 200).astype(dtype)
-        scan = nifti.read([save(tmp_path / "b.nii.gz", values)], "MR")
-        assert np.array_equal(scan.voxels, values.transpose(2, 1, 0)[:, ::-1, ::-1].astype(np.float32))
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("codes", all_orders())
+def test_each_plane_of_each_order_shows_what_nibabel_shows(tmp_path: Path, codes: str, plane: Plane) -> None:
+    """The same value at the same place; slices lie across the axis that was asked for."""
+    tilt = np.eye(4)
+    tilt[:3, :3] = nib.eulerangles.euler2mat(0.2, -0.1, 0.15)
+    tilt[:3, 3] = 7, -30, 12
+    image = reorient(nib.Nifti1Image(VOLUME, tilt @ RAS), codes)
+    nib.save(image, tmp_path / "a.nii")
+    (found,), _ = nifti.find([nifti.read_header(tmp_path / "a.nii")], plane=plane)
+    scan = scans.read(found.files, "CT", plane=plane)
+    assert (found.plane, found.shape) == (plane, scan.voxels.shape)
+    assert found.spacing_mm == pytest.approx(scan.spacing_mm)
+    across, _, _ = io_orientation(scan.affine)[:, 0]
+    assert ("sagittal", "coronal", "axial")[int(across)] == plane
+
+    canonical = nib.as_closest_canonical(nib.load(tmp_path / "a.nii"))
+    places = scan.affine @ np.vstack([np.indices(scan.voxels.shape).reshape(3, -1), np.ones(scan.voxels.size)])
+    index = np.linalg.inv(canonical.affine) @ places  # [4,DHW]
+    np.testing.assert_allclose(index, np.rint(index), atol=1e-4)
+    x, y, z = np.rint(index[:3]).astype(int)
+    assert np.array_equal(scan.voxels.ravel(), np.asanyarray(canonical.dataobj)[x, y, z])
 
 
-def test_nifti2_big_endian_and_other_units(tmp_path: Path) -> None:
-    nib.save(nib.Nifti2Image(VOLUME, RAS), tmp_path / "two.nii.gz")
-    big = nib.Nifti1Image(VOLUME, RAS, nib.Nifti1Header(endianness=">"))
-    nib.save(big, tmp_path / "big.nii")
-    metres = nib.Nifti1Image(VOLUME, np.diag([0.001, 0.0015, 0.002, 1]))
-    metres.header.set_xyzt_units("meter")
-    nib.save(metres, tmp_path / "metres.nii")
-    expected = nifti.read([save(tmp_path / "a.nii", VOLUME)], "CT")
-    for name in ("two.nii.gz", "big.nii", "metres.nii"):
-        scan = scans.read([tmp_path / name], "CT")
-        assert np.array_equal(scan.voxels, expected.voxels), name
-        np.testing.assert_allclose(scan.affine, expected.affine, rtol=1e-6, err_msg=name)
+def test_the_plane_of_a_row_leads_to_the_same_slices(tmp_path: Path) -> None:
+    """What prepare passes back is what find chose, also where the file records no orientation."""
+    unoriented = save(tmp_path / "a.nii", VOLUME, affine=None)
+    (bare,), _ = nifti.find([nifti.read_header(unoriented)])
+    (chosen,), _ = nifti.find([nifti.read_header(unoriented)], plane="sagittal")
+    assert (bare.plane, bare.shape) == ("", (6, 5, 4))
+    assert (chosen.plane, chosen.shape) == ("sagittal", (4, 6, 5))
+    assert nifti.read([unoriented], "CT", plane="sagittal", policy=ACCEPTED).voxels.shape == chosen.shape
+    slice_ = save(tmp_path / "b.nii", VOLUME[:, :1])
+    (single,), _ = nifti.find([nifti.read_header(slice_)], plane="axial")
+    assert (single.plane, single.shape) == ("coronal", (1, 6, 4))  # a single slice is not cut into lines
+    assert nifti.read([slice_], "CT", plane="axial").voxels.shape == single.shape
+
+
+SERIES = RNG.randint(-1000, 3000, (4, 5, 6, 2, 3)).astype(np.int16)  # 2 times of 3 channels
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_each_volume_of_a_series_is_a_scan(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, SERIES)
+    found, rejected = nifti.find([nifti.read_header(path)])
+    assert ([scan.volume for scan in found], rejected) == ([0, 1, 2, 3, 4, 5], [])
+    assert {scan.irregular for scan in found} == {"one of 6 volumes of its file"}
+    reader = np.asanyarray(nib.load(path).dataobj).reshape(4, 5, 6, 6, order="F")
+    for scan in found:
+        read = scans.read(scan.files, "CT", volume=scan.volume)
+        assert np.array_equal(read.voxels, reader[..., scan.volume].transpose(2, 1, 0)[:, ::-1, ::-1])
+        assert (read.irregular, read.source_shape) == (scan.irregular, (4, 5, 6))
+    for absent in (-1, 6):
+        with pytest.raises(ScanError, match="6 volumes"):
+            nifti.read([path], "CT", volume=absent)
+
+
+def test_the_policy_decides_about_volumes(tmp_path: Path) -> None:
+    header = nifti.read_header(save(tmp_path / "a.nii", SERIES))
+    (first,), _ = nifti.find([header], Policy(volumes="first"))
+    assert (first.volume, first.irregular) == (0, "one of 6 volumes of its file")
+    found, ((path, reason),) = nifti.find([header], Policy(volumes="refuse"))
+    assert (found, path) == ([], header.path)
+    assert "6 volumes" in reason
+    with pytest.raises(ScanError, match="6 volumes"):
+        nifti.read([path], "CT", policy=Policy(volumes="refuse"))
+    one = nifti.read_header(save(tmp_path / "b.nii", SERIES[..., :1, :1]))
+    (plain,), _ = nifti.find([one], Policy(volumes="refuse"))
+    assert (plain.volume, plain.irregular) == (0, "")
+
+
+def test_only_the_volume_that_is_asked_for_is_decoded(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", SERIES)
+    whole = bytearray(path.read_bytes())
+    whole[-SERIES[..., 0, 0].nbytes :] = bytes(SERIES[..., 0, 0].nbytes)
+    path.write_bytes(whole)
+    assert np.array_equal(nifti.read([path], "CT", volume=5).voxels, np.zeros((6, 5, 4)))
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ScanError, match="too short"):
+        nifti.read([path], "CT")
+
+
+def two_orientations(path: Path, moved_mm: float) -> Path:
+    image = nib.Nifti1Image(VOLUME, RAS)
+    image.set_sform(RAS, code=2)
+    moved = RAS.copy()
+    moved[1, 3] = moved_mm
+    image.set_qform(moved, code=1)
+    nib.save(image, path)
+    return path
+
+
+def test_sform_goes_before_qform_and_disagreement_is_told(tmp_path: Path) -> None:
+    for moved_mm, told in ((3.2, "its qform and sform disagree by 3.2 mm, its sform is used"), (0.4, "")):
+        path = two_orientations(tmp_path / "a.nii", moved_mm)
+        (found,), _ = nifti.find([nifti.read_header(path)])
+        scan = nifti.read([path], "CT")
+        assert (found.irregular, scan.irregular) == (told, told)
+        world = np.linalg.inv(nib.load(path).affine) @ scan.affine  # back to the index that nibabel gives
+        assert np.array_equal(world @ [0, 4, 3, 1], [0, 0, 0, 1])
+    image = nib.Nifti1Image(SERIES, RAS)
+    image.set_qform(np.diag([3.0, 1.5, 2.0, 1.0]), code=1)
+    nib.save(image, tmp_path / "b.nii")
+    scan = nifti.read([tmp_path / "b.nii"], "CT", volume=2)
+    assert scan.irregular == "one of 6 volumes of its file; its qform and sform disagree by 6.0 mm, its sform is used"
+
+
+def test_qform_alone_is_enough(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(VOLUME, None)
+    image.set_qform(nib.affines.from_matvec(nib.eulerangles.euler2mat(0, 0.1, 0) @ RAS[:3, :3], [1, 2, 3]), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    scan = nifti.read([tmp_path / "a.nii"], "CT")
+    assert scan.irregular == ""
+    np.testing.assert_allclose(scan.affine @ [0, 4, 3, 1], nib.load(tmp_path / "a.nii").affine @ [0, 0, 0, 1])
 
 
 def test_trailing_dimensions_of_one_and_single_slices(tmp_path: Path) -> None:
@@ -124,102 +214,6 @@ def test_trailing_dimensions_of_one_and_single_slices(tmp_path: Path) -> None:
     assert nifti.read([save(tmp_path / "b.nii", VOLUME[:, :, 0])], "CT").voxels.shape == (1, 5, 4)
     thin = np.diag([1, 1, 0.1, 1])
     assert nifti.read([save(tmp_path / "c.nii", VOLUME[:, :, :1], thin)], "CT").voxels.shape == (1, 5, 4)
-
-
-def test_the_header_alone_needs_only_its_first_bytes(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.nii.gz", VOLUME)
-    whole, start = nifti.read_header(path), nifti.read_header(path, path.read_bytes()[:4096])
-    assert (whole.shape, whole.n_bytes) == (start.shape, start.n_bytes) == ((4, 5, 6), 352 + 2 * VOLUME.size)
-
-
-def refused(path: Path, message: str) -> None:
-    with pytest.raises(ScanError, match=message):
-        nifti.read([path], "CT")
-
-
-def test_time_series_channels_and_colours_are_refused(tmp_path: Path) -> None:
-    refused(save(tmp_path / "a.nii", np.stack([VOLUME] * 3, -1)), r"a\.nii: has shape .*time or channels")
-    refused(save(tmp_path / "b.nii", VOLUME.astype(np.complex64)), "complex64")
-    rgb = np.zeros((4, 5, 6), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    refused(save(tmp_path / "c.nii", rgb), "whole or real numbers")
-
-
-def test_nan_and_infinity_are_counted(tmp_path: Path) -> None:
-    bad = VOLUME.astype(np.float32)
-    bad[0, 0, :2] = np.nan, np.inf
-    refused(save(tmp_path / "a.nii", bad), "2 of its 120 voxels are NaN or infinite")
-    refused(save(tmp_path / "b.nii", VOLUME.astype(np.float64) * 1e300), "NaN or infinite")
-
-
-def test_damage_is_refused(tmp_path: Path) -> None:
-    volume = RNG.randint(0, 30000, (20, 20, 20)).astype(np.int16)
-    for name in ("a.nii", "a.nii.gz"):
-        whole = save(tmp_path / name, volume).read_bytes()
-        for share in (0.001, 0.01, 0.5, 0.999):
-            (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
-            refused(tmp_path / name, rf"{name}: ")
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0xFF
-    (tmp_path / "a.nii.gz").write_bytes(flipped)
-    refused(tmp_path / "a.nii.gz", "damaged")
-    flipped = bytearray(whole)
-    flipped[-6] ^= 0xFF  # in the checksum
-    (tmp_path / "a.nii.gz").write_bytes(flipped)
-    refused(tmp_path / "a.nii.gz", "damaged")
-
-
-def test_a_forged_size_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(VOLUME, RAS)
-    header = image.header.copy()
-    header["dim"][1:4] = 32767
-    data = header.binaryblock + bytes(4) + VOLUME.tobytes()
-    (tmp_path / "a.nii").write_bytes(data)
-    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(data))
-    for name in ("a.nii", "b.nii.gz"):
-        with pytest.raises(ScanError, match="too short for the"):
-            nifti.read_header(tmp_path / name)
-
-
-def test_every_damaged_header_is_refused_or_read(tmp_path: Path) -> None:
-    """Whatever the bytes, nothing but a ScanError comes out."""
-    whole = save(tmp_path / "a.nii", VOLUME).read_bytes()
-    path = tmp_path / "b.nii"
-    outcomes = set()
-    for _ in range(300):
-        broken = bytearray(whole)
-        for position in RNG.randint(0, 344, 4):
-            broken[position] = RNG.randint(256)
-        path.write_bytes(broken)
-        try:
-            nifti.read([path], "CT")
-            outcomes.add("read")
-        except ScanError:
-            outcomes.add("refused")
-    assert outcomes == {"read", "refused"}
-
-
-def test_pairs_and_lost_orientation(tmp_path: Path) -> None:
-    nib.save(nib.Nifti1Pair(VOLUME, RAS), tmp_path / "pair.img")
-    refused(tmp_path / "pair.hdr", "pair")
-    header = nib.Nifti1Image(VOLUME, RAS).header
-    header["srow_x"] = 0
-    (tmp_path / "a.nii").write_bytes(header.binaryblock + bytes(4) + VOLUME.tobytes(order="F"))
-    refused(tmp_path / "a.nii", "affine")
-    path = save(tmp_path / "b.nii", VOLUME, affine=None)
-    assert nifti.find([nifti.read_header(path)])[0][0].plane == ""
-
-
-def test_bids_names(tmp_path: Path) -> None:
-    headers = [
-        nifti.read_header(save(tmp_path / name, VOLUME))
-        for name in ("sub-01_ses-a_T1w.nii.gz", "sub-01_ct.nii", "sub-02_space-x_dseg.nii.gz", "T1w.nii")
-    ]
-    found, rejected = nifti.find(headers)
-    assert [scan.modality for scan in found] == ["MR", "CT", None]
-    assert rejected[0][0].name == "sub-02_space-x_dseg.nii.gz"
-    assert nifti.read([headers[0].path]).modality == "MR"
-    with pytest.raises(ScanError, match="--modality"):
-        nifti.read([headers[3].path])
 
 
 @pytest.mark.parametrize("codes", all_orders()[::3])
@@ -241,6 +235,18 @@ def test_masks_for_a_scan_in_any_order(tmp_path: Path) -> None:
     like = Scan(np.zeros((6, 5, 4), np.float32), affine, (2.0, 1.5, 1.0), "CT", (6, 5, 4))
     mask = nifti.read_mask(save(tmp_path / "m.nii", classes), like)
     assert np.array_equal(mask, classes[::-1].transpose(2, 1, 0))
+
+
+def test_a_mask_belongs_to_each_volume_of_a_series(tmp_path: Path) -> None:
+    path, classes = save(tmp_path / "a.nii.gz", SERIES), RNG.randint(0, 9, VOLUME.shape).astype(np.uint8)
+    mask = save(tmp_path / "m.nii.gz", classes)
+    for volume, plane in ((0, None), (4, "sagittal")):
+        scan = nifti.read([path], "CT", volume=volume, plane=plane)
+        steps = tuple(slice(None, None, -1 if flip else 1) for flip in scan.source_flips)
+        assert np.array_equal(nifti.read_mask(mask, scan), classes.transpose(scan.source_axes)[steps])
+    one_hot = save(tmp_path / "n.nii.gz", np.stack([classes == n for n in range(3)], -1).astype(np.uint8))
+    with pytest.raises(ScanError, match=r"n\.nii\.gz: holds 3 volumes, perhaps one a class"):
+        nifti.read_mask(one_hot, scan)
 
 
 def test_masks_on_other_grids_are_refused(tmp_path: Path) -> None:

@@ -7,61 +7,29 @@ side at the left of the picture. DICOM's standard planes have the same order of 
 Shape letters: D slices, H rows, W columns.
 """
 
-import gzip
-import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nibabel as nib
 import numpy as np
-from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import axcodes2ornt, io_orientation
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from medclr.errors import ScanError
-from medclr.scans import bids
+from medclr.scans.nifti_header import Header, goes_on, is_nifti, read_header, refusal
+from medclr.scans.nifti_voxels import Voxels
 from medclr.scans.policy import DEFAULT, Plane, Policy
-from medclr.scans.scan import Found, Scan, naming
+from medclr.scans.scan import Found, Scan, fill_nan, naming
+
+__all__ = ["Header", "find", "is_nifti", "read", "read_header", "read_mask"]
 
 # Where (d,h,w) run in each plane: letters are the patient's Right, Left, Anterior, Posterior, Superior, Inferior.
 _VIEWS = {"axial": "SPL", "coronal": "PIL", "sagittal": "RIP"}
 _PLANES = ("sagittal", "coronal", "axial")  # of slices stacked along the world axes R, A, S
 _ISOTROPIC = 0.9  # spacings within 10 % count as equal
-_TO_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
-_MOST_COMPRESSED = 1032  # zlib never expands a byte to more than this (zlib, technical details)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a NIfTI header says, checked."""
-
-    path: Path
-    shape: tuple[int, int, int]
-    """Of the array in the file."""
-    affine: NDArray[np.float64]
-    """[4,4], array index -> RAS+ millimetres."""
-    oriented: bool
-    """Whether the file records an orientation (qform or sform code above 0)."""
-    dtype: np.dtype[Any]
-    offset: int
-    """Where the voxels begin in the uncompressed file."""
-    n_bytes: int
-    """Length of the uncompressed file up to its last voxel."""
-    slope: float
-    intercept: float
-    """Physical value = slope * stored + intercept (scl_slope, scl_inter)."""
-    compressed: bool
-    modality: str | None
-    """From a BIDS suffix such as ``_T1w``."""
-    series: None = None
-    """Each file is a scan of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +47,10 @@ class View:
         d, h, w = self.axes
         return xyz[d], xyz[h], xyz[w]
 
-    def apply(self, array: NDArray[Any]) -> NDArray[Any]:
-        """[X,Y,Z] -> [D,H,W], contiguous."""
+    def invert(self, array: NDArray[Any]) -> NDArray[Any]:
+        """[D,H,W] -> [X,Y,Z], the same memory seen in the order of the source."""
         steps = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        return np.ascontiguousarray(array.transpose(self.axes)[steps])
+        return array[steps].transpose(np.argsort(self.axes))
 
     def matrix(self, shape: tuple[int, int, int]) -> NDArray[np.float64]:
         """[4,4], (d,h,w,1) -> source index, for a source of that shape."""
@@ -94,97 +62,35 @@ class View:
         return matrix
 
 
-def is_nifti(head: bytes) -> bool:
-    """Whether a file that starts like this is NIfTI, gzipped or not."""
-    return _magic(_unzipped(head, 352)) is not None
-
-
-def read_header(path: Path, data: bytes | None = None) -> Header:
-    """Read and check a header, without the voxels.
-
-    Args:
-        path: the file.
-        data: its bytes, or at least the first 4096 of them, if the caller has them already.
-
-    Raises:
-        ScanError: the header is damaged, or describes something that is not one grey volume.
-    """
-    if data is None:
-        with path.open("rb") as file:
-            data = file.read(4096)
-    compressed = data[:2] == b"\x1f\x8b"
-    start = _unzipped(data, 540)
-    magic = _magic(start)
-    if magic is None:
-        raise ScanError("is not NIfTI, or ends inside its header")
-    if magic == "ni":
-        raise ScanError("is one half of a NIfTI pair (.hdr and .img); save it as a single .nii.gz")
-    header_type = nib.Nifti2Header if magic == "n2" else nib.Nifti1Header
-    try:
-        with LoggingOutputSuppressor():  # nibabel prints what it mends, without the name of the file
-            header = header_type(start[: header_type.sizeof_hdr])  # extensions are of no interest
-        shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
-        unit = header.get_xyzt_units()[0]
-        offset = header.get_data_offset() or header_type.single_vox_offset  # 0: right behind the header
-        slope, intercept = header.get_slope_inter()
-    except (HeaderDataError, WrapStructError, ValueError, KeyError, OverflowError) as error:
-        raise ScanError(f"its header is damaged ({error})") from error
-
-    if dtype.kind not in "iuf":
-        raise ScanError(f"holds {dtype} voxels; only whole or real numbers can be read, save it as int16 or float32")
-    if len(shape) < 2 or min(shape) < 1:
-        raise ScanError(f"has shape {shape}, which is not a volume")
-    if any(n > 1 for n in shape[3:]):
-        raise ScanError(f"has shape {shape}, a series in time or channels; save each volume to a file of its own")
-    n_bytes = offset + math.prod(shape) * dtype.itemsize
-    if n_bytes > path.stat().st_size * (_MOST_COMPRESSED if compressed else 1):
-        raise ScanError(f"is too short for the {n_bytes:,} bytes that its header promises; copy it again")
-    affine = np.asarray(affine, dtype=np.float64)
-    affine[:3] *= _TO_MM[unit]
-    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not spacing_mm.all() or abs(np.linalg.det(affine[:3, :3] / spacing_mm)) < 1e-3:
-        raise ScanError("its affine is not finite or has no inverse; the orientation of its voxels is lost")
-
-    volume_shape = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
-    oriented = bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-    return Header(
-        path=path,
-        shape=volume_shape,
-        affine=affine,
-        oriented=oriented,
-        dtype=dtype,
-        offset=offset,
-        n_bytes=n_bytes,
-        slope=1.0 if slope is None else float(slope),
-        intercept=0.0 if intercept is None else float(intercept),
-        compressed=compressed,
-        modality=bids.modality(path.name),
-    )
-
-
 def find(
     headers: Sequence[Header], policy: Policy = DEFAULT, plane: Plane | None = None
 ) -> tuple[list[Found], list[tuple[Path, str]]]:
-    """Each file is one scan; also returns the files that are none, with the reason."""
+    """Each volume is one scan; also returns the files that are none, with the reason.
+
+    The axes after the third are volumes, numbered in the file's order.
+    """
     found, rejected = [], []
     for header in headers:
-        if (suffix := bids.suffix(header.path.name)) in bids.SEGMENTATIONS:
-            rejected.append((header.path, f"is a segmentation (BIDS suffix _{suffix}), not a scan; see --masks"))
+        if reason := refusal(header, policy):
+            rejected.append((header.path, reason))
             continue
-        view = _view(header)
-        found.append(
-            Found(
-                files=(header.path,),
-                modality=header.modality,
-                patient="",
-                study="",
-                series="",
-                body_part="",
-                plane=view.plane if header.oriented else "",
-                shape=view.permute(header.shape),
-                spacing_mm=view.permute(_spacing_mm(header.affine)),
+        view = _view(header, plane)
+        for volume in range(header.n_volumes if policy.volumes == "all" else 1):
+            found.append(
+                Found(
+                    files=header.files,
+                    modality=header.modality,
+                    patient="",
+                    study="",
+                    series="",
+                    body_part="",
+                    plane=view.plane if header.oriented or plane else "",
+                    shape=view.permute(header.shape),
+                    spacing_mm=view.permute(_spacing_mm(header.affine)),
+                    volume=volume,
+                    irregular=_irregular(header),
+                )
             )
-        )
     return found, rejected
 
 
@@ -198,25 +104,46 @@ def read(
 ) -> Scan:
     """Read one volume.
 
+    Voxels that are NaN are taken for air, as in SPM, which puts NaN where nothing was measured. Infinite ones are
+    refused: nobody knows what they stand for. Colour becomes luminance.
+
     Args:
-        files: exactly one file.
+        files: one file, or the ``.hdr`` and the ``.img`` of a pair, of which the former is enough.
         modality: a key of ``MODALITIES``; needed unless a BIDS suffix tells it.
+        volume: which one of its file, counted from 0.
+        plane: across which axis it is cut into slices; if not given, across the one of the coarsest spacing. A file
+            that records no orientation is taken as nibabel takes it, with its axes along R, A and S.
+        policy: whether a file with several volumes is read.
 
     Raises:
-        ScanError: the file is damaged, is not one grey volume, or holds NaN or infinity.
+        ScanError: the file is damaged, has no such volume, is a mask or no grey picture, or its values are infinite
+            or cannot be told apart in float32.
     """
-    (path,) = files
+    path, *rest = files
     with naming(path):
-        header = read_header(path)
+        if len(rest) > 1:
+            raise ScanError(f"a NIfTI scan is one file, or a .hdr and its .img, not {len(files)} files")
+        header = read_header(path, voxels=rest[0] if rest else None)
         modality = modality or header.modality
         if modality is None:
             raise ScanError("does not record its modality; give it with --modality")
-        voxels = _voxels(header)  # [X,Y,Z]
-        if n_bad := int(voxels.size - np.isfinite(voxels).sum()):
-            raise ScanError(f"{n_bad:,} of its {voxels.size:,} voxels are NaN or infinite; put in what they stand for")
-        view = _view(header)
+        if reason := refusal(header, policy):
+            raise ScanError(reason)
+        if not 0 <= volume < header.n_volumes:
+            raise ScanError(f"has {header.n_volumes} volumes, counted from 0, and none is number {volume}")
+        view = _view(header, plane)
+        voxels = np.empty(view.permute(header.shape), dtype=np.float32)  # [D,H,W]
+        source = view.invert(voxels)  # [X,Y,Z]
+        pieces = Voxels(header, volume)
+        for box, values in pieces:
+            source[box] = values
+        surplus = goes_on(pieces.n_surplus) if pieces.n_surplus else ""
+        notes = filter(None, [_irregular(header), surplus, fill_nan(voxels, modality)])
         affine = header.affine @ view.matrix(header.shape)
-        return Scan(view.apply(voxels), affine, _spacing_mm(affine), modality, header.shape, view.axes, view.flips)
+        spacing_mm = _spacing_mm(affine)
+        return Scan(
+            voxels, affine, spacing_mm, modality, header.shape, view.axes, view.flips, irregular="; ".join(notes)
+        )
 
 
 def read_mask(path: Path, like: Scan) -> NDArray[np.uint16]:
@@ -231,21 +158,26 @@ def read_mask(path: Path, like: Scan) -> NDArray[np.uint16]:
         [D,H,W] class of each voxel of ``like``.
 
     Raises:
-        ScanError: it is damaged, has another grid, or holds anything but such numbers.
+        ScanError: it is damaged, has several volumes or another grid, or holds anything but such numbers.
     """
     with naming(path):
         header = read_header(path)
+        if header.n_volumes > 1:
+            raise ScanError(f"holds {header.n_volumes} volumes, perhaps one a class; save it as one volume of numbers")
         view = _view_as(header, like)
-        values = view.apply(_voxels(header))  # [D,H,W]
-        mask = _whole_numbers(values)
-        if not np.array_equal(mask, values):
-            raise ScanError("holds values that are not whole numbers from 0 to 65535, so it is no segmentation")
+        mask = np.empty(like.voxels.shape, dtype=np.uint16)  # [D,H,W]
+        source = view.invert(mask)  # [X,Y,Z]
+        for box, values in Voxels(header, 0):
+            if not ((values >= 0) & (values <= 65535) & (values == np.rint(values))).all():
+                raise ScanError("holds values that are not whole numbers from 0 to 65535, so it is no segmentation")
+            source[box] = values
         return mask
 
 
-def _whole_numbers(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """[D,H,W] rounded and cut to what uint16 holds."""
-    return np.clip(np.rint(np.nan_to_num(values)), 0, 65535).astype(np.uint16)
+def _irregular(header: Header) -> str:
+    """As in ``Found``."""
+    several = f"one of {header.n_volumes} volumes of its file" if header.n_volumes > 1 else ""
+    return "; ".join(filter(None, [several, header.irregular]))
 
 
 def _view_as(header: Header, like: Scan) -> View:
@@ -266,64 +198,25 @@ def _view_as(header: Header, like: Scan) -> View:
     return view
 
 
-def _unzipped(data: bytes, length: int) -> bytes:
-    """The first bytes of a file that may be gzipped; fewer if it ends or breaks there."""
-    if data[:2] != b"\x1f\x8b":
-        return data[:length]
-    try:
-        return zlib.decompressobj(wbits=31).decompress(data, length)
-    except zlib.error:
-        return b""
-
-
-def _magic(start: bytes) -> str | None:
-    """'n1' NIfTI-1, 'n2' NIfTI-2, 'ni' a header whose voxels are in another file, None: not NIfTI."""
-    if start[344:348] == b"n+1\0":
-        return "n1"
-    if start[4:12] == b"n+2\0\r\n\x1a\n":
-        return "n2"
-    if start[344:348] == b"ni1\0" or start[4:8] == b"ni2\0":
-        return "ni"
-    return None
-
-
-def _voxels(header: Header) -> NDArray[np.float32]:
-    """[X,Y,Z] in the file's order, scaled by scl_slope and scl_inter."""
-    opener: Any = gzip.open if header.compressed else open
-    try:
-        with opener(header.path, "rb") as file:
-            # One byte more than needed reaches the end of a sound gzip stream, where its checksum is compared.
-            data = file.read(header.n_bytes + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ScanError("its compressed data are damaged or end early; copy it again") from error
-    if len(data) < header.n_bytes:
-        raise ScanError("ends before its last voxel; copy it again")
-    stored = np.frombuffer(data, header.dtype, math.prod(header.shape), header.offset)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is counted as such
-        if (header.slope, header.intercept) == (1, 0):
-            voxels = stored.astype(np.float32)
-        else:
-            voxels = (stored * header.slope + header.intercept).astype(np.float32)  # in float64 before
-    return voxels.reshape(header.shape, order="F")
-
-
 def _spacing_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
     return float(x), float(y), float(z)
 
 
-def _view(header: Header) -> View:
-    """Which axis the slices lie across, and how they are turned."""
+def _view(header: Header, plane: Plane | None) -> View:
+    """Which axis the slices lie across, and how they are turned; a single slice stays one, whatever is asked for."""
     spacing = np.array(_spacing_mm(header.affine))
     orientation = io_orientation(header.affine)  # [3,2]: nearest world axis (0 R, 1 A, 2 S) of each axis, and direction
     world = [int(axis) for axis in orientation[:, 0]]
     if 1 in header.shape:
-        across = header.shape.index(1)  # a single slice, whatever its thickness
+        across = header.shape.index(1)  # whatever its thickness
+    elif plane:
+        across = world.index(_PLANES.index(plane))
     else:
         coarse = [axis for axis in range(3) if spacing[axis] >= _ISOTROPIC * spacing.max()]
         across = max(coarse, key=lambda axis: world[axis])
-    plane = _PLANES[world[across]]
-    wanted = axcodes2ornt(_VIEWS[plane])  # [3,2]: the same of d, h and w
+    name = _PLANES[world[across]]
+    wanted = axcodes2ornt(_VIEWS[name])  # [3,2]: the same of d, h and w
     d, h, w = (world.index(int(axis)) for axis in wanted[:, 0])
     turned = orientation[[d, h, w], 1] != wanted[:, 1]
-    return View(plane, (d, h, w), (bool(turned[0]), bool(turned[1]), bool(turned[2])))
+    return View(name, (d, h, w), (bool(turned[0]), bool(turned[1]), bool(turned[2])))
