@@ -119,11 +119,11 @@ def read(
         ScanError: the file is damaged, has no such volume, is a mask or no grey picture, or its values are infinite
             or cannot be told apart in float32.
     """
-    path, *rest = files
+    path, *others = (Path(file) for file in files)
     with naming(path):
-        if len(rest) > 1:
-            raise ScanError(f"a NIfTI scan is one file, or a .hdr and its .img, not {len(files)} files")
-        header = read_header(path, voxels=rest[0] if rest else None)
+        header = read_header(path)
+        if others and (path, *others) != header.files:
+            raise ScanError(f"is a scan without the {len(others)} other files; only a .hdr has one, its .img")
         modality = modality or header.modality
         if modality is None:
             raise ScanError("does not record its modality; give it with --modality")

@@ -97,13 +97,12 @@ def is_nifti(head: bytes) -> bool:
     return _magic(start) is not None or start[:4] in _SIZEOF_HDR
 
 
-def read_header(path: Path, data: bytes | None = None, voxels: Path | None = None) -> Header:
+def read_header(path: Path, data: bytes | None = None) -> Header:
     """Read and check a header, without the voxels.
 
     Args:
-        path: the file; of a pair, the ``.hdr``.
+        path: the file; of a pair, the ``.hdr``, which has the ``.img`` beside it.
         data: its bytes, or at least the first 4096 of them, if the caller has them already.
-        voxels: the other file of a pair; if not given, it stands beside ``path`` and is called alike.
 
     Raises:
         ScanError: the header is damaged, or describes something that has no grey volumes.
@@ -136,7 +135,7 @@ def read_header(path: Path, data: bytes | None = None, voxels: Path | None = Non
 
     paired = magic in ("ni1", "ni2")
     if paired:
-        voxels = voxels or _beside(path)
+        voxels = _beside(path)
         with voxels.open("rb") as file:
             compressed = file.read(2) == GZIP_MAGIC
     else:
