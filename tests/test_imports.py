@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "medclr"
 LAYERS = (  # a file may import what stands above it, and its own folder
-    "errors", "files", "config", "progress figures track monitor memory", "checkpoint distributed", "scans", "data",
-    "augment models losses optim", "methods tasks", "embed", "pretrain finetune probe",
+    "errors", "files", "config", "progress figures report track monitor memory", "checkpoint distributed",
+    "scans", "sources", "data", "augment models losses optim", "methods tasks", "embed", "pretrain finetune probe",
     "compare", "demo", "cli", "__main__",
 )  # fmt: skip
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
@@ -24,7 +24,8 @@ FILES = {
     path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__"): path for path in ROOT.rglob("*.py")
 }
 del FILES["__init__"]  # the public API, which imports each function when it is first used
-FAST = [name for name in FILES if name.startswith("scans") or name in ("config", "cli", "data/manifest", "__main__")]
+FAST = [name for name in FILES if name.split("/")[0] in ("scans", "sources", "config", "cli", "__main__")]
+FAST.append("data/manifest")
 
 
 def imports(path: Path, *, run: bool) -> Iterator[str]:
