@@ -62,7 +62,7 @@ def roads(data: Path, out: Path) -> None:
         manifest, store, run = out / f"{name}.csv", out / f"{name}_store", out / f"{name}_run"
         print(f"\n== {name}")
         print(medclr.index([root], manifest, key_file=public_key(out), **options))
-        print(medclr.prepare(manifest, store, size_px=96, workers=2))
+        print(medclr.prepare(manifest, store, size_px=96, workers=2, key_file=public_key(out)))
         few = {"views.size_px": 64, "epochs": 2, "batch": 16, "data.slices_per_scan": 20, "precision": "bfloat16"}
         print(medclr.pretrain(store, run, config=CONFIGS / f"{config}.yaml", settings=few))
 
@@ -83,8 +83,8 @@ def cxr(data: Path, out: Path) -> None:
     split = "train=0.7,test=0.3"
     labels = root / "labels.csv"
     print(medclr.index([root], manifest, labels=labels, modality="XR", split=split, key_file=public_key(out)))
-    print(medclr.prepare(manifest, own_store, size_px=96, workers=2))
-    print(medclr.prepare(manifest, imagenet_store, size_px=224, workers=2))
+    print(medclr.prepare(manifest, own_store, size_px=96, workers=2, key_file=public_key(out)))
+    print(medclr.prepare(manifest, imagenet_store, size_px=224, workers=2, key_file=public_key(out)))
     print(medclr.pretrain(own_store, run, config=CONFIGS / "xray.yaml", settings=CXR))
     whole = {"size_px": CXR_EVALUATION_PX}
     encoders = {

@@ -62,8 +62,8 @@ def demo(out: Path = Path("demo"), *, patients: int = 24, seed: int = 0) -> Demo
 
     from medclr.data.prepare import prepare
 
-    print(f"\n$ medclr prepare {manifest} --out {store} --size-px 96 --workers 2")
-    print(prepare(manifest, store, size_px=96, workers=2))
+    print(f"\n$ medclr prepare {manifest} --out {store} --size-px 96 --workers 2 --key-file {key}")
+    print(prepare(manifest, store, size_px=96, workers=2, key_file=key))
 
     from medclr.pretrain import pretrain
 

@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,33 +62,51 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
     """Keep other processes that write to ``folder``, and ask the same, out of it; it is made if it is not there.
 
     The lock ends with the process, however that ends. A file system without locks is written to all the same.
 
+    Args:
+        folder: where to write; if nothing was put into a folder made here, it is removed again.
+        name: of the lock; those of another name may write there at the same time.
+
     Raises:
         MedclrError: another process is writing there, or the folder cannot be made.
     """
-    path = folder / LOCK_NAME
+    path = folder / name
     with mendable(folder):
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, wait=False)
+            if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+                raise BlockingIOError  # it was removed by its owner, who may have been followed by another
         except BlockingIOError:
             advice = "wait until it is done, or choose another --out"
             raise MedclrError(f"{folder}: another medclr is writing there; {advice}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # refused if there is something in it
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, *, wait: bool) -> None:
+    """Lock an open file until it is closed, if its file system knows locks; BlockingIOError if another holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 @contextlib.contextmanager
@@ -113,6 +132,38 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write several files, of which the last counts: after ``finish`` all are new, or all are as they were.
+
+    Until then it may be killed at any moment. All lie in one folder.
+    """
+    for path, text in texts.items():
+        write_text(_pending(path), text)
+    finish(list(texts))
+
+
+def finish(paths: Sequence[Path]) -> None:
+    """Go on where ``write_together`` was interrupted, and clear up what killed processes left of these files."""
+    *others, last = paths
+    if is_pending(last):  # it was written last, so the others are whole
+        with mendable(last):
+            for path in (*others, last):
+                if _pending(path).exists():
+                    _pending(path).replace(path)
+    for path in paths:
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            stale.unlink(missing_ok=True)
+
+
+def is_pending(last: Path) -> bool:
+    """Whether ``write_together`` was interrupted after the last file was written and before all were in their place."""
+    return _pending(last).exists()
+
+
+def _pending(path: Path) -> Path:
+    return path.with_name(f".{path.name}.pending.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -42,5 +42,5 @@ def image_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key.touch(mode=0o600)
     key.write_text("00" * 32)  # known: pseudonyms decide the order of the scans and the split
     index([root], manifest, labels=root / "labels.csv", modality="XR", split="train=0.7,test=0.3", key_file=key)
-    prepare(manifest, root / "store", size_px=32)
+    prepare(manifest, root / "store", size_px=32, key_file=key)
     return root / "store"

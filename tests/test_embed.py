@@ -12,6 +12,7 @@ import medclr
 from medclr.data.store import Store
 from medclr.embed import scan_means
 from medclr.errors import MedclrError
+from medclr.scans.privacy import Pseudonyms, load_key
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def test_a_scan_read_by_hand_has_the_features_of_embed(run, image_store, tmp_pat
     medclr.embed(str(run), image_store, tmp_path / "f.parquet")
     table, features = read(tmp_path / "f.parquet")
     encoder = medclr.load_encoder(run)
-    digest = hashlib.sha256((image_store.parent / "05.png").read_bytes()).hexdigest()
+    key = Pseudonyms(load_key(image_store.parent / "key"))
+    digest = key.content(hashlib.sha256((image_store.parent / "05.png").read_bytes()).hexdigest())
     scan_id = next(scan.scan_id for scan in Store(image_store).scans if scan.sha256 == digest)
     with torch.inference_mode():
         by_hand = encoder(medclr.read_views(image_store.parent / "05.png", encoder, modality="XR"))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medclr.data.index import IndexSummary, index
-from medclr.data.manifest import Manifest, files_path, read_manifest, read_rejected, rejected_path, split_of
+from medclr.data.manifest import (
+    Manifest,
+    read_manifest,
+    read_rejected,
+    split_of,
+    table_paths,
+)
+from medclr.data.places import find_places
 from medclr.errors import MedclrError
 from medclr.scans.privacy import Pseudonyms, load_key
 from tests.conftest import shared_data
@@ -87,16 +95,27 @@ class Ward:
 
     @property
     def manifest(self) -> Manifest:
-        return read_manifest(self.out)
+        return read_manifest(self.out, self.key)
+
+    def path(self, name: str) -> str:
+        """What an opaque id stands for, relative to its root."""
+        return find_places(self.key, [name])[name].path
 
     def column(self, name: str) -> dict[str, Any]:
-        return {row.path: getattr(row, name) for row in self.manifest.rows}
+        return {self.path(row.path): getattr(row, name) for row in self.manifest.rows}
+
+    def masks(self) -> dict[str, str]:
+        return {path: name and self.path(name) for path, name in self.column("mask_path").items()}
 
     def reasons(self) -> dict[str, str]:
-        return {os.path.relpath(r.path, self.root): r.reason for r in read_rejected(self.out)}
+        return {self.path(r.path): r.reason for r in read_rejected(self.out)}
 
     def bytes(self) -> Mapping[str, bytes]:
-        return {path.name: path.read_bytes() for path in (self.out, files_path(self.out), rejected_path(self.out))}
+        return {path.name: path.read_bytes() for path in table_paths(self.out)}
+
+    def renamed(self, message: str) -> str:
+        """A message with the paths in place of the ids."""
+        return re.sub("f-[0-9a-f]{16}", lambda name: self.path(name[0]), message)
 
 
 @pytest.fixture
@@ -117,8 +136,8 @@ def test_a_mixed_folder(ward: Ward) -> None:
         "empty.dcm": "is empty",
         "readme.txt": "is neither DICOM, NIfTI nor a PNG, JPEG or TIFF image",
     }
-    ct, mr, xr = sorted(ward.manifest.rows, key=lambda row: row.path)
-    assert (ct.path, ct.modality, ct.body_part, ct.plane) == ("ct/a", "CT", "chest", "axial")
+    ct, mr, xr = sorted(ward.manifest.rows, key=lambda row: row.modality)
+    assert (ward.path(ct.path), ct.modality, ct.body_part, ct.plane) == ("ct/a", "CT", "chest", "axial")
     assert (ct.n_slices, ct.rows, ct.columns) == (4, 6, 8)
     assert (ct.spacing_z_mm, ct.spacing_y_mm, ct.spacing_x_mm) == (2.5, 0.75, 0.75)
     assert (mr.modality, mr.plane, mr.n_slices, mr.study_id) == ("MR", "axial", 6, "")
@@ -215,8 +234,9 @@ def test_a_vanished_file_is_not_forgotten_silently(ward: Ward) -> None:
     ward.index()
     before = ward.bytes()
     (ward.root / "sub-01_T1w.nii").unlink()
-    with pytest.raises(MedclrError, match=r"1 of its files are no longer there, the first is .*sub-01_T1w\.nii"):
+    with pytest.raises(MedclrError, match=r"1 of its files are no longer there, the first is f-") as error:
         ward.index()
+    assert "the first is sub-01_T1w.nii;" in ward.renamed(str(error.value))
     assert ward.bytes() == before
 
 
@@ -242,7 +262,7 @@ def test_equal_names_under_two_roots_do_not_collide(ward: Ward, tmp_path: Path) 
     summary = index(roots, ward.out, modality="MR", key_file=ward.key)
     assert (summary.scans, summary.patients) == (3, 3)
     (copy,) = read_rejected(ward.out)
-    assert copy.path == str(tmp_path / "two" / "same.nii")
+    assert find_places(ward.key, [copy.path])[copy.path].absolute() == tmp_path / "two" / "same.nii"
     assert "the same bytes" in copy.reason
 
 
@@ -311,12 +331,12 @@ def test_labels_by_file_by_patient_and_by_series(ward: Ward, tmp_path: Path) -> 
     [
         (
             [("file", "label"), ("a.nii", "x"), ("z.nii", "x")],
-            r"1 of its 2 names are of no scan, .* 'z\.nii'",
+            r"1 of its 2 names are of no scan, the first is that of line 3",
         ),
-        ([("file", "label"), ("a.nii", "x")], r"1 of 2 scans have no label, the first is sub-2_T1w\.nii"),
+        ([("file", "label"), ("a.nii", "x")], r"1 of 2 scans have no label, the first is f-"),
         ([("file", "label"), ("a.nii", "x"), ("sub-2_T1w.nii", "")], "1 of 2 scans have no label"),
         ([("file", "label"), ("a.nii", "x"), ("a.nii", "y")], "lines 2 and 3 contradict each other"),
-        ([("file", "label"), ("a.nii", "x"), ("a", "y")], r"two things of one scan, called 'a\.nii' and 'a'"),
+        ([("file", "label"), ("a.nii", "x"), ("a", "y")], "lines 2 and 3 say two things of one scan"),
         ([("file", "label"), ("", "x")], "line 2 names no file"),
         ([("patient_id", "label"), ("sub-9", "x")], "1 of its 1 patients have no .* that of line 2"),
         ([("name", "label")], "needs a column"),
@@ -350,7 +370,8 @@ def test_paths_may_be_texts(ward: Ward, tmp_path: Path) -> None:
     texts: Any = str(ward.root)  # one root, which is no list of letters
     index(texts, ward.out, labels=labels, masks=str(tmp_path / "masks"), modality="MR", key_file=str(ward.key))
     assert ward.column("label") == {"a.nii": "x"}
-    assert ward.column("mask_path") == {"a.nii": "a.nii"}
+    assert ward.column("mask_path") == {"a.nii": ward.manifest.rows[0].mask_path}
+    assert ward.path(ward.manifest.rows[0].mask_path) == "a.nii"
 
 
 def test_unmatched_labels_can_be_allowed(ward: Ward, tmp_path: Path) -> None:
@@ -374,7 +395,7 @@ def test_ambiguous_names_are_refused(ward: Ward, tmp_path: Path) -> None:
     for folder in "ab":
         write_nifti(ward.root / folder / "scan.nii", ord(folder))
     labels = write_table(tmp_path / "labels.csv", ("file", "label"), ("scan.nii", "x"))
-    with pytest.raises(MedclrError, match=r"2 files or scans are called 'scan\.nii'"):
+    with pytest.raises(MedclrError, match="2 files or scans are called what line 2 says"):
         ward.index(modality="MR", labels=labels)
 
 
@@ -385,7 +406,7 @@ def test_labels_and_masks_inside_the_folder_are_no_scans(ward: Ward) -> None:
     write_table(ward.root / "labels.csv", ("file", "label"), ("one.nii.gz", "x"), ("two.nii.gz", "y"))
     summary = ward.index(modality="MR", labels=ward.root / "labels.csv", masks=ward.root / "masks")
     assert (summary.scans, summary.rejected) == (2, 0)
-    assert ward.column("mask_path") == {"images/one.nii.gz": "one.nii.gz", "images/two.nii.gz": ""}
+    assert ward.masks() == {"images/one.nii.gz": "one.nii.gz", "images/two.nii.gz": ""}
     row = next(row for row in ward.manifest.rows if row.mask_path)
     assert ward.manifest.files[row.scan_id].mask == ward.root / "masks" / "one.nii.gz"
     assert ward.index(modality="MR", labels=ward.root / "labels.csv", masks=ward.root / "masks").added == 0
@@ -395,13 +416,15 @@ def test_a_mask_may_be_named_like_the_folder_of_a_series(ward: Ward, tmp_path: P
     write_series(ward.root / "case.1.2")
     write_nifti(tmp_path / "masks" / "case.1.2.nii.gz")
     ward.index(masks=tmp_path / "masks")
-    assert ward.column("mask_path") == {"case.1.2": "case.1.2.nii.gz"}
+    assert ward.masks() == {"case.1.2": "case.1.2.nii.gz"}
     write_nifti(tmp_path / "masks" / "stray.nii.gz")
-    with pytest.raises(MedclrError, match="1 of its 2 names are of no scan, the first is 'stray'"):
+    with pytest.raises(MedclrError, match="1 of its 2 names are of no scan, the first is that of f-") as error:
         ward.index(masks=tmp_path / "masks")
+    assert "that of stray.nii.gz;" in ward.renamed(str(error.value))
     (tmp_path / "masks" / "stray.nii.gz").rename(tmp_path / "masks" / "case.1.2.nii")
-    with pytest.raises(MedclrError, match=r"case\.1\.2\.nii and case\.1\.2\.nii\.gz are of one scan"):
+    with pytest.raises(MedclrError, match="are of one scan") as error:
         ward.index(masks=tmp_path / "masks")
+    assert "case.1.2.nii and case.1.2.nii.gz are of one scan" in ward.renamed(str(error.value))
 
 
 def write_dataset(folder: Path, **changes: Any) -> Path:
@@ -420,7 +443,7 @@ def test_decathlon(ward: Ward) -> None:
     write_nifti(ward.root / "imagesTs" / "b.nii.gz", 3)
     summary = ward.index(masks=write_dataset(ward.root))
     assert (summary.scans, summary.rejected) == (2, 0)
-    assert ward.column("mask_path") == {"imagesTr/a.nii.gz": "labelsTr/a_seg.nii.gz", "imagesTs/b.nii.gz": ""}
+    assert ward.masks() == {"imagesTr/a.nii.gz": "labelsTr/a_seg.nii.gz", "imagesTs/b.nii.gz": ""}
     assert set(ward.column("modality").values()) == {"MR"}
 
 
@@ -428,7 +451,10 @@ def test_decathlon(ward: Ward) -> None:
     ("changes", "message"),
     [
         ({"training": [{"image": "imagesTr/z.nii.gz", "label": "labelsTr/a_seg.nii.gz"}]}, "of no scan"),
-        ({"training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/z.nii.gz"}]}, "which is not there"),
+        (
+            {"training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/z.nii.gz"}]},
+            "1 names a mask that is not there",
+        ),
         ({"training": [{"image": "imagesTr/a.nii.gz", "label": 3}]}, "classes belong into --labels"),
         ({"training": []}, "holds no NIfTI masks"),
         ({"training": 3}, "is not a dataset.json"),
@@ -458,7 +484,7 @@ def test_other_options_do_not_change_what_stands(ward: Ward, tmp_path: Path) -> 
         ({"modality": "CT"}, "modality"),
         ({"modality": "MR", "patient_pattern": "(a)"}, "patient_id"),
     ):
-        with pytest.raises(MedclrError, match=rf"{name} of a\.nii is .* and would become"):
+        with pytest.raises(MedclrError, match=rf"{name} of f-\w+ is .* and would become"):
             ward.index(**options)
     with pytest.raises(MedclrError, match="does not say its modality"):
         ward.index()
@@ -467,7 +493,7 @@ def test_other_options_do_not_change_what_stands(ward: Ward, tmp_path: Path) -> 
     ward.index(modality="MR", labels=labels)  # a label where there was none is no change of what was known
     assert ward.column("label") == {"a.nii": "x"}
     write_table(labels, ("file", "label"), ("a.nii", "y"))
-    with pytest.raises(MedclrError, match=r"label of a\.nii is 'x' there and would become 'y'"):
+    with pytest.raises(MedclrError, match=r"label of f-\w+ is 'x' there and would become 'y'"):
         ward.index(modality="MR", labels=labels)
 
 
@@ -498,7 +524,7 @@ def test_a_rejected_file_does_not_take_the_name_of_a_scan(ward: Ward, tmp_path: 
 def test_a_manifest_without_its_tables_is_left_alone(ward: Ward) -> None:
     write_nifti(ward.root / "sub-01_T1w.nii")
     ward.index()
-    for path in (rejected_path(ward.out), files_path(ward.out)):
+    for path in reversed(table_paths(ward.out)[:-1]):
         path.unlink()
         with pytest.raises(MedclrError, match=rf"without {path.name} it cannot be added to"):
             ward.index()
@@ -509,7 +535,11 @@ def test_odd_names(ward: Ward) -> None:
     shutil.copy(ward.root / 'sub-01_x, "y"\nz_T1w.nii', os.fsencode(ward.root) + b"/sub-02_\xff_T1w.nii")
     ward.index()
     assert list(ward.column("modality")) == ['sub-01_x, "y"\nz_T1w.nii']
-    assert list(ward.reasons()) == ["sub-02_\\xff_T1w.nii"]
+    assert list(ward.reasons()) == ["sub-02_\udcff_T1w.nii"]
+    again = ward.out.with_name("kept.csv")
+    index([ward.root], again, keep_paths=True, key_file=ward.key)
+    assert [row.path for row in read_manifest(again).rows] == ['sub-01_x, "y"\nz_T1w.nii']
+    assert [r.path for r in read_rejected(again)] == [f"{ward.root}/sub-02_\\xff_T1w.nii"]
 
 
 def test_large_files_are_hashed_without_being_held(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +548,7 @@ def test_large_files_are_hashed_without_being_held(ward: Ward, monkeypatch: pyte
     ward.index()
     expected = ward.bytes()
     ward.out.unlink()
-    monkeypatch.setattr("medclr.data.index.WHOLE_FILE_BYTES", 0)
+    monkeypatch.setattr("medclr.data.readings.WHOLE_FILE_BYTES", 0)
     ward.index()
     assert ward.bytes() == expected
 
@@ -562,7 +592,7 @@ def test_wrong_folders_are_named(ward: Ward, tmp_path: Path) -> None:
     with pytest.raises(MedclrError, match="holds no files"):
         ward.index()
     (ward.root / "a.txt").write_text("x")
-    with pytest.raises(MedclrError, match=r"no usable scan; 1 of 1 files are like .*a\.txt, which is neither"):
+    with pytest.raises(MedclrError, match=r"no usable scan; 1 of 1 files are like f-\w+, which is neither"):
         ward.index()
     for roots, message in (
         ([tmp_path / "nowhere"], "no such folder"),
@@ -581,7 +611,7 @@ def test_a_table_of_something_else_is_not_overwritten(ward: Ward) -> None:
     write_nifti(ward.root / "sub-01_T1w.nii")
     ward.out.parent.mkdir()
     ward.out.write_text("name,age\nJane,5\n")
-    with pytest.raises(MedclrError, match=r"without ward\.files\.csv it cannot be added to"):
+    with pytest.raises(MedclrError, match=r"without ward\.index\.json it cannot be added to"):
         ward.index()
     assert ward.out.read_text() == "name,age\nJane,5\n"
 

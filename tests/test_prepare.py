@@ -478,7 +478,7 @@ def test_a_real_ct_volume_keeps_its_voxels_and_labels(tmp_path):
 def test_a_real_ct_series_keeps_its_hounsfield_units(tmp_path):
     folder = shared_data("ct_abdomen_dicom")
     index([folder], tmp_path / "ct.csv", key_file=tmp_path / "key")
-    prepare(tmp_path / "ct.csv", tmp_path / "store", size_px=512)
+    prepare(tmp_path / "ct.csv", tmp_path / "store", size_px=512, key_file=tmp_path / "key")
     slices = sorted(map(dcmread, folder.iterdir()), key=lambda slice_: slice_.ImagePositionPatient[2])
     hu = [slice_.pixel_array * slice_.RescaleSlope + slice_.RescaleIntercept for slice_ in slices]
     store = Store(tmp_path / "store")

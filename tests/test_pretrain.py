@@ -148,7 +148,7 @@ def test_overwriting_replaces_a_run_and_nothing_else(run, image_store, tmp_path)
 
 def test_a_run_resumes_on_its_own_store_only(run, image_store, tmp_path):
     other = tmp_path / "store"
-    medclr.prepare(image_store.parent / "images.csv", other, size_px=24)
+    medclr.prepare(image_store.parent / "images.csv", other, size_px=24, key_file=image_store.parent / "key")
     with pytest.raises(MedclrError, match="another manifest or slice size"):
         medclr.pretrain(other, run, settings=SMALL)
 

@@ -2,14 +2,16 @@
 
 Both name scans by file: as a path relative to the scan root or to the table, as an absolute path, or by the bare name
 where only one scan has it; the suffix may be left out. A DICOM series goes by its folder or any of its slices.
+
+No message quotes a name from a table or a folder, as it may be a patient's: it says the line, or the opaque id.
 """
 
 import csv
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ class Mask:
     """Relative to ``root``."""
     scan: str
     """The name of its scan, as far as is known."""
+    entry: int | None = None
+    """Where it stands in a ``dataset.json``, counted from 1."""
 
 
 class Names:
@@ -103,7 +107,9 @@ def read_labels(path: Path) -> list[Label]:
     except OSError as error:
         raise MedclrError(f"--labels {path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise MedclrError(f"--labels {path}: is not a comma-separated table in UTF-8 ({error})") from error
+        raise MedclrError(
+            f"--labels {path}: is not a comma-separated table in UTF-8 ({type(error).__name__})"
+        ) from error
     if not columns & {"file", "patient_id"} or not columns & {"label", "patient_id"}:
         raise MedclrError(f"--labels {path}: needs a column label, and a column file or patient_id or both")
     if "file" not in columns and "label" not in columns:
@@ -157,25 +163,32 @@ def _read_dataset(path: Path) -> tuple[list[Mask], str | None]:
         ) from error
     root = path.parent.absolute()
     masks = []
-    for image, label in pairs:
+    for entry, (image, label) in enumerate(pairs, start=1):
         if not isinstance(label, str):
-            raise MedclrError(f"--masks {path}: the label of {image} is no mask file; classes belong into --labels")
+            raise MedclrError(f"--masks {path}: the label of entry {entry} is no file; classes belong into --labels")
         mask = Path(os.path.normpath(root / label))
         if not mask.is_file():
-            raise MedclrError(f"--masks {path}: names the mask {label}, which is not there")
+            raise MedclrError(f"--masks {path}: entry {entry} names a mask that is not there")
         folder = root if mask.is_relative_to(root) else mask.parent
-        masks.append(Mask(folder, mask.relative_to(folder).as_posix(), image))
+        masks.append(Mask(folder, mask.relative_to(folder).as_posix(), image, entry))
     return masks, told.pop() if len(told) == 1 else None
 
 
 def assign(
-    source: str, wanted: Sequence[str], names: Names, usable: int, beside: Path, allow_unmatched: bool
+    source: str,
+    wanted: Sequence[str],
+    called: Callable[[int], str],
+    names: Names,
+    usable: int,
+    beside: Path,
+    allow_unmatched: bool,
 ) -> list[int | None]:
     """The number of the scan that each of ``wanted`` names.
 
     Args:
         source: the option and its file, to begin a message with.
         wanted: names of scans.
+        called: index into ``wanted`` -> what to call it in a message, such as "line 3".
         names: where to look them up; numbers from ``usable`` on are rejected files, which are passed over.
         usable: how many scans there are.
         beside: folder that relative names may start from.
@@ -185,18 +198,86 @@ def assign(
         MedclrError: a name is no scan's, or two scans'.
     """
     numbers: list[int | None] = []
-    missing: list[str] = []
-    for name in wanted:
+    missing: list[int] = []
+    for i, name in enumerate(wanted):
         hits = names.find(name, beside)
         number = next(iter(hits), None)
         numbers.append(number if number is not None and number < usable else None)
         if number is None:
-            missing.append(name)
+            missing.append(i)
         elif len(hits) > 1:
-            raise MedclrError(f"{source}: {len(hits)} files or scans are called {name!r}; write their paths in full")
+            raise MedclrError(
+                f"{source}: {len(hits)} files or scans are called what {called(i)} says; write their paths in full"
+            )
     if missing and not allow_unmatched:
         raise MedclrError(
-            f"{source}: {len(missing)} of its {len(wanted)} names are of no scan, the first is {missing[0]!r};"
-            " mend them, or pass --allow_unmatched true"
+            f"{source}: {len(missing)} of its {len(wanted)} names are of no scan, the first is that of"
+            f" {called(missing[0])}; mend them, or pass --allow-unmatched true"
         )
     return numbers
+
+
+def labels_by_file(
+    path: Path, table: Sequence[Label], names: Names, usable: int, allow_unmatched: bool
+) -> dict[int, Label]:
+    """The line of a labels table that names each scan's file; arguments and errors as ``assign``."""
+    lines = [label for label in table if label.file]
+    numbers = assign(
+        f"--labels {path}",
+        [line.file for line in lines],
+        lambda i: f"line {lines[i].line}",
+        names,
+        usable,
+        path.parent,
+        allow_unmatched,
+    )
+    told: dict[int, Label] = {}
+    for number, line in zip(numbers, lines, strict=True):
+        # Several slices of one series may be listed, if they all say the same.
+        if number is not None and replace(told.setdefault(number, line), file=line.file) != line:
+            both = f"{told[number].line} and {line.line}"
+            raise MedclrError(f"--labels {path}: lines {both} say two things of one scan; keep one")
+    return told
+
+
+def masks_by_scan(
+    path: Path,
+    masks: Sequence[Mask],
+    names: Names,
+    usable: int,
+    allow_unmatched: bool,
+    shown: Callable[[str, str], str],
+) -> dict[int, Mask]:
+    """The mask of each scan.
+
+    Args:
+        path: folder or ``dataset.json`` of the masks.
+        masks: what it holds.
+        names: as ``assign``; so are the next two.
+        usable: number of scans.
+        allow_unmatched: pass over masks of no scan.
+        shown: root and path of a mask -> what to call it in a message.
+
+    Raises:
+        MedclrError: as ``assign``, or two masks are of one scan.
+    """
+
+    def called(mask: Mask) -> str:
+        return shown(str(mask.root), mask.path) if mask.entry is None else f"entry {mask.entry}"
+
+    beside = path if path.is_dir() else path.parent
+    numbers = assign(
+        f"--masks {path}",
+        [mask.scan for mask in masks],
+        lambda i: called(masks[i]),
+        names,
+        usable,
+        beside,
+        allow_unmatched,
+    )
+    mask_of: dict[int, Mask] = {}
+    for number, mask in zip(numbers, masks, strict=True):
+        if number is not None and mask_of.setdefault(number, mask) is not mask:
+            both = f"{called(mask_of[number])} and {called(mask)}"
+            raise MedclrError(f"--masks {path}: {both} are of one scan; keep one")
+    return mask_of

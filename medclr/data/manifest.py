@@ -1,8 +1,11 @@
 """The manifest: one CSV row a scan, and beside it the table that says where the files lie.
 
     NAME.csv           what there is: pseudonyms, modality, geometry, label, split; the only one that may leave the ward
-    NAME.files.csv     which files make each scan, with their absolute folder; stays where the scans are
+    NAME.files.csv     which files make each scan; stays where the scans are
     NAME.rejected.csv  what could not be used, and why
+    NAME.index.json    the options of ``medclr index`` that all its scans share
+
+Files are called by opaque ids (``medclr.data.places``) unless ``--keep-paths`` was given.
 
 The patient is the unit of everything here: splits, label budgets and the overlap guard all go by ``patient_id``.
 """
@@ -10,17 +13,21 @@ The patient is the unit of everything here: splits, label budgets and the overla
 import csv
 import hashlib
 import io
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from medclr import files
+from medclr.data.places import Place, find_places
 from medclr.errors import MedclrError
 from medclr.scans.modality import MODALITIES
+from medclr.scans.policy import Plane, Policy
+from medclr.scans.privacy import default_key_file
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class ScanRow:
     """One scan: a DICOM series, a NIfTI volume or an image. Its fields are the columns of ``NAME.csv``, in order."""
 
     scan_id: str
-    """Keyed pseudonym of ``path`` and ``sha256``; unique."""
+    """Keyed pseudonym of the path, the bytes and the volume; unique."""
     patient_id: str
     """Keyed pseudonym of the patient."""
     study_id: str
@@ -40,7 +47,7 @@ class ScanRow:
     plane: str
     """axial, coronal, sagittal or oblique; '' if unknown."""
     path: str
-    """The file, or the folder of a DICOM series, relative to its scan root; '/' between its parts."""
+    """Opaque id of the file, or of the folder of a DICOM series; or its path under its root, '/' between the parts."""
     n_slices: int
     """D, the number of slices."""
     rows: int
@@ -54,7 +61,8 @@ class ScanRow:
     spacing_x_mm: float | None
     """Millimetres between columns."""
     sha256: str
-    """Of the file's bytes; of a series: of its files' digests, joined in the order of the slices."""
+    """Keyed digest (``Pseudonyms.content``) of the file's SHA-256; of a series: of that of its files' SHA-256, joined
+    in the order of the slices. Equal bytes are found by it, but not by somebody who lacks the key."""
     volume: int = 0
     """Which volume of its file, counted from 0, where a file holds several."""
     irregular: str = ""
@@ -62,7 +70,7 @@ class ScanRow:
     label: str = ""
     """The class, '' if unlabelled."""
     mask_path: str = ""
-    """The segmentation, relative to the masks' folder; '' if there is none."""
+    """Opaque id of the segmentation, or its path relative to the masks' folder; '' if there is none."""
     split: str = ""
     """The name of the patient's split; '' if none was asked for."""
 
@@ -74,9 +82,9 @@ class FileRow:
     scan_id: str
     kind: Literal["image", "mask"]
     root: str
-    """The absolute folder that was indexed (or that held the masks)."""
+    """The absolute folder that was indexed (or that held the masks); '' if ``path`` is an opaque id."""
     path: str
-    """Relative to ``root``; '/' between its parts."""
+    """Opaque id, or the path relative to ``root``; '/' between its parts."""
     size: int
     """Bytes, and below nanoseconds since 1970, when the file was read: if both still hold it is not read again."""
     mtime_ns: int
@@ -84,10 +92,13 @@ class FileRow:
     """Keyed pseudonym of the DICOM series, by which later slices find their scan; '' for NIfTI and images."""
     patient: str
     """Keyed pseudonym of what the header itself says of the patient, before any table overrules it; '' if nothing."""
+    sha256: str = ""
+    """Of the file's bytes."""
 
-    def absolute(self) -> Path:
-        """Where the file lies."""
-        return Path(self.root, self.path)
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"{self.root}/{self.path}" if self.root else self.path
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,19 @@ class Rejected:
     """A file that could not be used. Its fields are the columns of ``NAME.rejected.csv``."""
 
     path: str
+    """Opaque id, or the absolute path."""
     reason: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options that all scans of a manifest share: what ``NAME.index.json`` holds."""
+
+    key: str
+    """Which key made the pseudonyms (``Pseudonyms.name``)."""
+    keep_paths: bool
+    plane: Plane | None
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,14 @@ class SourceFiles:
     """Absolute; the slices of a DICOM series in geometric order."""
     mask: Path | None
     """A NIfTI of labels on the scan's grid."""
+    names: Mapping[Path, str] = field(default_factory=dict)
+    """What to call each in a message."""
+
+    def renamed(self, text: str) -> str:
+        """A message in which each file is called by its name of the manifest, without its path."""
+        for path in sorted(map(str, self.names), key=len, reverse=True):  # one may begin like another
+            text = text.replace(path, self.names[Path(path)])
+        return text
 
 
 @dataclass(frozen=True)
@@ -118,17 +149,30 @@ class Manifest:
     sha256: str
     """Of the bytes of ``NAME.csv``: a slice store records which manifest it was made from."""
 
+    key_file: Path | None = None
+    """Beside it stands where the files lie, if the tables hold opaque ids; None: ``default_key_file``."""
+
+    @cached_property
+    def located(self) -> list[tuple[FileRow, Place]]:
+        """Each row of ``file_rows``, and where that file lies; MedclrError if the key's table does not know it."""
+        ids = {row.path for row in self.file_rows if not row.root}
+        places = find_places(self.key_file or default_key_file(), ids)
+        return [(row, Place(row.root, row.path) if row.root else places[row.path]) for row in self.file_rows]
+
     @cached_property
     def files(self) -> dict[str, SourceFiles]:
-        """The files of each ``scan_id``."""
+        """The files of each ``scan_id``; MedclrError if the key's table does not know one."""
         images: dict[str, list[Path]] = {row.scan_id: [] for row in self.rows}
         masks: dict[str, Path] = {}
-        for row in self.file_rows:
+        names: dict[str, dict[Path, str]] = {row.scan_id: {} for row in self.rows}
+        for row, place in self.located:
+            path = place.absolute()
+            names[row.scan_id][path] = row.path
             if row.kind == "mask":
-                masks[row.scan_id] = row.absolute()
+                masks[row.scan_id] = path
             else:
-                images[row.scan_id].append(row.absolute())
-        return {scan_id: SourceFiles(paths, masks.get(scan_id)) for scan_id, paths in images.items()}
+                images[row.scan_id].append(path)
+        return {scan_id: SourceFiles(paths, masks.get(scan_id), names[scan_id]) for scan_id, paths in images.items()}
 
 
 def files_path(manifest: Path) -> Path:
@@ -141,22 +185,49 @@ def rejected_path(manifest: Path) -> Path:
     return manifest.with_suffix(".rejected.csv")
 
 
-def read_manifest(path: Path) -> Manifest:
+def settings_path(manifest: Path) -> Path:
+    """``NAME.index.json`` beside ``NAME.csv``."""
+    return manifest.with_suffix(".index.json")
+
+
+def table_paths(manifest: Path) -> list[Path]:
+    """All files of a manifest in the order in which they are written; ``NAME.csv`` comes last."""
+    return [settings_path(manifest), rejected_path(manifest), files_path(manifest), manifest]
+
+
+def read_manifest(path: Path, key_file: Path | None = None) -> Manifest:
     """Read and check a manifest and its table of files.
+
+    Args:
+        path: ``NAME.csv``.
+        key_file: the key with which it was made; needed when ``Manifest.files`` is asked for.
 
     Raises:
         MedclrError: a table is missing, was not written by medclr, or contradicts itself.
     """
+    if files.is_pending(path):
+        raise MedclrError(f"{path}: medclr index was interrupted while it wrote; run the same command again")
     rows = _read_table(path, ScanRow)
     file_rows = _read_table(files_path(path), FileRow)
     _check(path, rows, file_rows)
-    return Manifest(path, rows, file_rows, files.sha256(path))
+    return Manifest(path, rows, file_rows, files.sha256(path), key_file)
 
 
 def write_manifest(
-    path: Path, rows: Iterable[ScanRow], file_rows: Iterable[FileRow], rejected: Iterable[Rejected]
+    path: Path,
+    rows: Iterable[ScanRow],
+    file_rows: Iterable[FileRow],
+    rejected: Iterable[Rejected],
+    settings: Settings | None = None,
 ) -> Manifest:
-    """Check and write the three tables, sorted, ``NAME.csv`` last; the order of files within a scan is kept.
+    """Check and write the tables, sorted, all of them or none; the order of files within a scan is kept.
+
+    Args:
+        path: ``NAME.csv``.
+        rows: of the scans.
+        file_rows: of their files.
+        rejected: what could not be used.
+        settings: without them nothing can be added later.
 
     Raises:
         MedclrError: the rows contradict each other, or the folder cannot be written to.
@@ -166,10 +237,24 @@ def write_manifest(
     # A stable sort: within a scan the slices stay in the order given.
     file_rows = sorted(file_rows, key=lambda row: (order.get(row.scan_id, -1), row.kind))
     _check(path, rows, file_rows)
-    _write_table(rejected_path(path), Rejected, sorted(rejected, key=attrgetter("path", "reason")))
-    _write_table(files_path(path), FileRow, file_rows)
-    _write_table(path, ScanRow, rows)
+    texts = {settings_path(path): json.dumps(asdict(settings), indent=2) + "\n"} if settings else {}
+    texts |= {
+        rejected_path(path): _table(Rejected, sorted(rejected, key=attrgetter("path", "reason"))),
+        files_path(path): _table(FileRow, file_rows),
+        path: _table(ScanRow, rows),
+    }
+    files.write_together(texts)
     return Manifest(path, rows, file_rows, files.sha256(path))
+
+
+def read_settings(path: Path) -> Settings:
+    """The options that all scans of the manifest at ``path`` share; raises as ``read_manifest``."""
+    table = settings_path(path)
+    try:
+        values = json.loads(table.read_text(encoding="utf-8"))
+        return Settings(**values | {"policy": Policy(**values["policy"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MedclrError(f"{table}: cannot be read as what medclr index writes ({type(error).__name__})") from error
 
 
 def read_rejected(path: Path) -> list[Rejected]:
@@ -355,11 +440,11 @@ def _read_table(path: Path, row_type: type[Row]) -> list[Row]:
     return rows
 
 
-def _write_table(path: Path, row_type: type[Row], rows: Sequence[Row]) -> None:
-    """Write a CSV that ``_read_table`` reads back equal; None becomes an empty cell."""
+def _table(row_type: type[Row], rows: Sequence[Row]) -> str:
+    """A CSV that ``_read_table`` reads back equal; None becomes an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     names = [field.name for field in fields(row_type)]
     writer.writerow(names)
     writer.writerows(map(attrgetter(*names), rows))
-    files.write_text(path, text.getvalue())
+    return text.getvalue()

@@ -71,7 +71,13 @@ class PrepareSummary:
 
 
 def prepare(
-    manifest: Path, out: Path, *, size_px: int = 224, workers: int = 1, keep_blank: bool = False
+    manifest: Path,
+    out: Path,
+    *,
+    size_px: int = 224,
+    workers: int = 1,
+    keep_blank: bool = False,
+    key_file: Path | None = None,
 ) -> PrepareSummary:
     """Decode each scan of a manifest once, into a slice store.
 
@@ -87,6 +93,7 @@ def prepare(
         workers: processes that decode side by side.
         keep_blank: store slices that show nothing as well. Otherwise they are left out and counted; a slice on which a
             mask marks something is always stored.
+        key_file: the key of the manifest, beside which stands where its files lie; if not given, ~/.config/medclr/key.
 
     Raises:
         MedclrError: the manifest or a file of it is missing or has changed, no scan can be decoded, ``out`` holds
@@ -95,7 +102,7 @@ def prepare(
     if size_px < 1 or workers < 1:
         raise MedclrError(f"size_px {size_px} and workers {workers}: both must be at least 1")
     manifest, out = Path(manifest), Path(out)
-    table = read_manifest(manifest)
+    table = read_manifest(manifest, Path(key_file) if key_file else None)
     claim = {
         "format_version": stores.FORMAT_VERSION,
         "medclr_version": medclr.__version__,
@@ -277,18 +284,17 @@ def _parse_part(line: str) -> Part:
 def _check_sources(manifest: Manifest, shards: Sequence[Shard]) -> None:
     """Raise unless all files that are still to be decoded are there and as large as when they were indexed."""
     wanted = {row.scan_id for shard in shards for row, _ in shard.scans}
-    for row in manifest.file_rows:
+    for row, place in manifest.located:
         if row.scan_id not in wanted:
             continue
-        path = row.absolute()
         try:
-            size = path.stat().st_size
+            size = place.absolute().stat().st_size
         except OSError as error:
             raise MedclrError(
-                f"{path}: cannot be read ({error.strerror}); bring it back, or run medclr index again"
+                f"{row.name}: cannot be read ({error.strerror}); bring it back, or run medclr index again"
             ) from error
         if size != row.size:
-            raise MedclrError(f"{path}: has changed since it was indexed; run medclr index again")
+            raise MedclrError(f"{row.name}: has changed since it was indexed; run medclr index again")
 
 
 def _check_space(out: Path, shards: Sequence[Shard], size_px: int) -> None:

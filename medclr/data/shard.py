@@ -106,8 +106,10 @@ def write_shard(
                 encoding = encoding_of(scan, size_px)
                 kept = np.arange(len(scan.voxels)) if keep_blank else _seen(scan, mask, encoding)  # [n]
             except ScanError as error:
-                rejected.append((row.path, _without_folders(str(error), source)))
+                rejected.append((row.path, source.renamed(str(error))))
                 continue
+            except MedclrError as error:
+                raise MedclrError(source.renamed(str(error))) from None
             try:
                 for square in encode((scan.voxels[d] for d in kept), encoding, size_px):
                     slices(square)
@@ -118,7 +120,7 @@ def write_shard(
             except (MedclrError, OSError):
                 raise
             except Exception as error:
-                raise RuntimeError(f"{source.image[0]}: {error}") from error
+                raise RuntimeError(f"{row.path}: {source.renamed(str(error))}") from None
             scans.append(_stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices))
             n_slices += len(kept)
     return Part(shard.number, scans, rejected, written)
@@ -136,13 +138,6 @@ def _seen(scan: Scan, mask: NDArray[np.uint16] | None, encoding: Encoding) -> ND
     if blank.all():
         raise ScanError(f"each of its {len(blank)} slices is blank: there is nothing to see")
     return np.flatnonzero(~blank)
-
-
-def _without_folders(reason: str, source: SourceFiles) -> str:
-    """A store may be shared: where the ward keeps its scans stays in the manifest's table of files."""
-    for file in (*source.image, *([source.mask] if source.mask else [])):
-        reason = reason.replace(str(file), file.name)
-    return reason
 
 
 class Stopped(Exception):
