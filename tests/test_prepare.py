@@ -360,7 +360,7 @@ def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):
     assert [row["path"] for row in rejected] == ["cut.nii.gz", "flat.nii.gz", "good.nii.gz"]
     assert rejected[0]["reason"].startswith("cut.nii.gz: ")  # a store tells nothing of the ward's folders
     assert rejected[2]["reason"].startswith("mask.nii.gz: ")
-    assert "damaged" in rejected[0]["reason"]
+    assert "copy it again" in rejected[0]["reason"]
     assert "every voxel is 1" in rejected[1]["reason"]
     assert verify(tmp_path / "store")
     np.testing.assert_array_equal(Store(tmp_path / "store").column("position"), np.linspace(0, 1, 5, dtype=np.float32))

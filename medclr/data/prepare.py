@@ -267,7 +267,7 @@ def _part_line(part: Part) -> str:
     return json.dumps(
         {
             **vars(part),
-            "scans": [*map(tables.scan_cells, part.scans)],
+            "scans": tables.scans_csv(part.scans),
             "files": {name: vars(written) for name, written in part.files.items()},
         }
     )
@@ -275,7 +275,7 @@ def _part_line(part: Part) -> str:
 
 def _parse_part(line: str) -> Part:
     values = json.loads(line)
-    values["scans"] = tables.parse_scans(values["scans"])
+    values["scans"] = tables.parse_scans(values["scans"].encode())
     values["rejected"] = [(path, reason) for path, reason in values["rejected"]]
     values["files"] = {name: FileInfo(**written) for name, written in values["files"].items()}
     return Part(**values)

@@ -5,13 +5,14 @@ Shape letters: N slices of the store, n of a scan, D slices of the scan's source
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 from numpy.typing import NDArray
 
 from medclr import files
@@ -41,7 +42,7 @@ TABLE: dict[str, type[np.number[Any]]] = {
 """Columns of ``slices.arrow``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredScan:
     """One scan of a store. Its fields are the columns of ``scans.csv``; the values of a tuple are parted by blanks."""
 
@@ -142,30 +143,42 @@ def write_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
         out.write_batch(batch)
 
 
-def scan_cells(scan: StoredScan) -> list[str]:
-    """The cells of one row of ``scans.csv``; numbers to the last digit."""
-    values = (getattr(scan, name) for name in _NAMES)
-    return [" ".join(map(_text, value)) if isinstance(value, tuple) else _text(value) for value in values]
-
-
-def parse_scans(rows: Sequence[Sequence[str]]) -> list[StoredScan]:
-    """The inverse of ``scan_cells``, of many rows: column by column, which takes a third of the time.
-
-    Raises:
-        ValueError: there are too many or too few cells, or one cannot be read.
-    """
-    columns = zip(*rows, strict=True)
-    parsed = [map(parse, cells) for parse, cells in zip(_PARSERS, columns, strict=True)] if rows else []
-    return list(map(StoredScan, *parsed)) if rows else []
-
-
 def scans_csv(scans: Iterable[StoredScan]) -> str:
-    """The text of ``scans.csv``."""
+    """The text of ``scans.csv``; numbers to the last digit."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_NAMES)
-    writer.writerows(map(scan_cells, scans))
+    writer.writerow(_KINDS)
+    writer.writerows([_cell(getattr(scan, name)) for name in _KINDS] for scan in scans)
     return text.getvalue()
+
+
+def parse_scans(text: bytes) -> list[StoredScan]:
+    """The inverse of ``scans_csv``, in UTF-8: column by column, which for 100,000 scans saves several seconds.
+
+    Raises:
+        ValueError: a column or a cell is missing, is one too many, or cannot be read.
+    """
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(text),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={name: _ARROW.get(kind, pa.string()) for name, kind in _KINDS.items()}, null_values=[""]
+        ),
+    )
+    if table.column_names != list(_KINDS):
+        raise ValueError("its columns are not those of this version")
+    columns = []
+    for name, kind in _KINDS.items():
+        cells = table[name].to_pylist()
+        if get_origin(kind) is tuple:
+            of = get_args(kind)[0]
+            part = "1".__eq__ if of is bool else of
+            known = {cell: tuple(map(part, cell.split())) for cell in set(cells)}  # few differ between scans
+            cells = [known[cell] for cell in cells]
+        elif table[name].null_count and kind != float | None:
+            raise ValueError(f"column {name} has an empty cell")
+        columns.append(cells)
+    return list(map(StoredScan, *columns))
 
 
 def read_scans(path: Path) -> list[StoredScan]:
@@ -175,11 +188,7 @@ def read_scans(path: Path) -> list[StoredScan]:
         MedclrError: it cannot be read.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            if next(rows, None) != _NAMES:
-                raise ValueError("its columns are not those of this version")
-            return parse_scans(list(rows))
+        return parse_scans(path.read_bytes())
     except (OSError, ValueError) as error:
         raise MedclrError(f"{path}: cannot be read ({error}); {REMAKE}") from error
 
@@ -200,19 +209,11 @@ def read_table(path: Path, n_slices: int) -> dict[str, NDArray[Any]]:
     return columns
 
 
-def _text(value: Any) -> str:
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_cell, value))
     return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _parser(kind: Any) -> Callable[[str], Any]:
-    """What reads the cells of a column of this type."""
-    if get_origin(kind) is tuple:
-        part = _parser(get_args(kind)[0])
-        return lambda cell: tuple(map(part, cell.split()))
-    if kind == float | None:
-        return lambda cell: float(cell) if cell else None
-    return (lambda cell: bool(int(cell))) if kind is bool else kind
-
-
-_NAMES = [field.name for field in fields(StoredScan)]
-_PARSERS = [_parser(get_type_hints(StoredScan)[name]) for name in _NAMES]
+_KINDS: dict[str, Any] = {field.name: get_type_hints(StoredScan)[field.name] for field in fields(StoredScan)}
+_ARROW = {int: pa.int64(), float: pa.float64(), float | None: pa.float64(), bool: pa.bool_()}
