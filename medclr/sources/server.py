@@ -60,7 +60,7 @@ class Server:
         self._connection = kind(address.hostname or "", address.port, timeout=TIMEOUT_SECONDS)
         self._path = quote(address.path.rstrip("/"), safe="/%")
         self._credentials = _credentials(address.hostname or "")
-        self._has_answered = False
+        self._has_connected = False
 
     def get(self, path: str, accept: str, use: Callable[[http.client.HTTPResponse], T], *, once: bool = False) -> T:
         """Ask for ``path`` below the address, and ``use`` the answer, which is no error.
@@ -85,10 +85,12 @@ class Server:
                     return result
             except _Passing as problem:
                 self._connection.close()
-                if once or (wait_seconds is None and problem.answered):
+                if once:
                     raise Refused(str(problem)) from problem
-                if wait_seconds is None or not (self._has_answered or problem.answered):
-                    again = "; the same command goes on where this stopped" if self._has_answered else ""
+                if wait_seconds is None and problem.answered:
+                    raise Refused(f"{problem}, {len(WAIT_SECONDS) + 1} times") from problem
+                if wait_seconds is None or not self._has_connected:
+                    again = "; the same command goes on where this stopped" if self._has_connected else ""
                     raise MedclrError(f"{self.shown}: {problem}{again}") from problem
                 time.sleep(min(max(wait_seconds, problem.wait_seconds), LONGEST_WAIT_SECONDS))
             except BaseException:  # the rest of the body is still on its way
@@ -104,10 +106,12 @@ class Server:
         headers = {"Accept": accept, "User-Agent": "medclr"}
         if self._credentials:
             headers["Authorization"] = self._credentials
+        if self._connection.sock is None:
+            self._connection.connect()
+            self._has_connected = True
         self._connection.request("GET", self._path + path, headers=headers)
         answer = self._connection.getresponse()
         if answer.status in (200, 204, 206):
-            self._has_answered = True
             return answer
         told = f"the server answers with status {answer.status}"
         if answer.status in (408, 425, 429) or answer.status >= 500:
