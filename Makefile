@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow zoo fuzz lint clean
 
 demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four minutes, pictures in demo/
 	rm -rf demo
@@ -15,6 +15,14 @@ test: $(STAMP) lint  ## lint, types and the quick tests
 
 test-slow: $(STAMP)  ## tests that take minutes
 	$(BIN)/pytest -m slow
+
+zoo: $(STAMP)  ## odd files laid beside independent readers, into docs/zoo.md; wants Debian's dcm2niix
+	$(BIN)/python -m tests.zoo
+
+N := 5000
+SEED := 0
+fuzz: $(STAMP)  ## N damaged files through the readers: each gives a scan or a reason
+	$(BIN)/python -m tests.fuzz --n $(N) --seed $(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
