@@ -1,13 +1,16 @@
 """PNG, JPEG and TIFF: grey values as stored, colour as luminance, damage refused."""
 
+import logging
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from medclr import scans
 from medclr.errors import ScanError
@@ -150,3 +153,193 @@ def test_a_bids_suffix_tells_the_modality(tmp_path: Path) -> None:
     Image.fromarray(GREY8).save(tmp_path / "sub-01_dx.png")
     found, rejected = image.find([image.read_header(tmp_path / "sub-01_dx.png")])
     assert (found[0].modality, found[0].shape, rejected) == ("XR", (1, 5, 7), [])
+
+
+# TIFF, written by another library
+
+# Pillow knows no way to these, or a wrong one.
+UNREADABLE = {("deflated", ">i2"), ("deflated", ">i4"), ("deflated", ">f4"), ("big", ">"), ("", ">u4"), ("", "f8")}
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8"])
+@pytest.mark.parametrize("layout", ["strips", "tiles", "deflated", "big"])
+def test_tiff_of_any_type_order_and_layout(tmp_path: Path, dtype: str, order: str, layout: str) -> None:
+    kind = np.dtype(order + dtype)
+    pages = RNG.randint(-100, 100, (3, 40, 50)) + (0.5 if kind.kind == "f" else 100 if kind.kind == "u" else 0)
+    pages = pages.astype(kind)
+    if kind.kind != "f":
+        pages[0, 0, :2] = np.iinfo(kind).min, np.iinfo(kind).max
+    options: dict[str, Any] = {
+        "tiles": {"tile": (16, 32)},
+        "deflated": {"compression": "zlib"},
+        "big": {"bigtiff": True},
+    }
+    path, more = tmp_path / "a.tif", options.get(layout, {})
+    tifffile.imwrite(path, pages, byteorder=order, photometric="minisblack", predictor=False, **more)
+    if {(layout, order + dtype), (layout, order), ("", order + dtype), ("", dtype)} & UNREADABLE:
+        with pytest.raises(ScanError, match=r"save it as (PNG|little-endian)"):
+            image.read_header(path)
+    else:
+        assert np.array_equal(read(path), pages.astype(np.float32))
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "group4"])
+def test_compressed_tiff(tmp_path: Path, compression: str) -> None:
+    page = GREY8 > 127 if compression == "group4" else GREY16
+    Image.fromarray(page).save(tmp_path / "a.tif", compression=compression)
+    assert np.array_equal(read(tmp_path / "a.tif")[0], page.astype(np.float32))
+
+
+def test_real_numbers_in_tiff(tmp_path: Path) -> None:
+    real = RNG.standard_normal((5, 7)).astype(np.float32)
+    real[0, :2] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", real)
+    scan = image.read([tmp_path / "a.tif"], "OT")
+    assert scan.irregular == "2 of its 35 voxels are NaN, taken as air"
+    assert np.array_equal(scan.voxels[0], np.nan_to_num(real))
+    real[0, 0] = np.inf
+    tifffile.imwrite(tmp_path / "a.tif", real)
+    with pytest.raises(ScanError, match="infinite"):
+        image.read([tmp_path / "a.tif"], "OT")
+    tifffile.imwrite(tmp_path / "a.tif", real, photometric="miniswhite")
+    with pytest.raises(ScanError, match="WhiteIsZero with real numbers"):
+        image.read_header(tmp_path / "a.tif")
+    tifffile.imwrite(tmp_path / "a.tif", GREY8.astype(np.uint32) + 2**31)
+    with pytest.raises(ScanError, match="too fine for float32"):
+        image.read([tmp_path / "a.tif"], "OT")
+
+
+def test_colour_tiff_is_told_by_its_depth_and_not_by_its_offsets(tmp_path: Path) -> None:
+    for width in (7, 16, 160):  # a line of 160 pixels has 16 in its number of bytes
+        rgb = RNG.randint(0, 256, (16, width, 3)).astype(np.uint8)
+        for compression in (None, "zlib"):
+            tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb", compression=compression)
+            np.testing.assert_allclose(read(tmp_path / "a.tif")[0], rgb @ [0.299, 0.587, 0.114], rtol=1e-6)
+    tifffile.imwrite(tmp_path / "a.tif", rgb.astype(np.uint16) * 257, photometric="rgb")
+    with pytest.raises(ScanError, match="16-bit colour"):
+        image.read_header(tmp_path / "a.tif")
+
+
+def test_large_images_are_read_in_bands(tmp_path: Path) -> None:
+    grey = RNG.randint(0, 256, (1500, 1600)).astype(np.uint8)  # of more than one band
+    Image.fromarray(grey).save(tmp_path / "grey.png", compress_level=1)
+    Image.fromarray(np.stack([grey] * 3, -1)).save(tmp_path / "rgb.png", compress_level=1)
+    for name in ("grey", "rgb"):
+        assert np.array_equal(read(tmp_path / f"{name}.png")[0], grey.astype(np.float32))
+
+
+def test_cmyk_is_refused(tmp_path: Path) -> None:
+    Image.new("CMYK", (7, 5)).save(tmp_path / "a.jpg")
+    with pytest.raises(ScanError, match="CMYK"):
+        image.read_header(tmp_path / "a.jpg")
+
+
+def test_each_page_is_looked_at(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(GREY16, photometric="minisblack")
+        file.write(RGB.astype(np.uint16), photometric="rgb")
+    with pytest.raises(ScanError, match="16-bit colour"):
+        image.read_header(tmp_path / "a.tif")
+
+
+# Hostile
+
+
+def test_pages_in_a_circle_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.stack([GREY8, GREY8 // 2]), photometric="minisblack")
+    with tifffile.TiffFile(path) as file:
+        first, second = (page.offset for page in file.pages)
+    whole = bytearray(path.read_bytes())
+    n_tags = struct.unpack_from("<H", whole, second)[0]
+    struct.pack_into("<I", whole, second + 2 + 12 * n_tags, first)
+    path.write_bytes(whole)
+    assert np.array_equal(read(path), np.stack([GREY8, GREY8 // 2]).astype(np.float32))
+
+
+def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((5, 8000, 8000), np.uint8), compression="zlib", photometric="minisblack")
+    with pytest.raises(ScanError, match="320,000,000 pixels in a small file"):
+        image.read_header(path)
+    tifffile.imwrite(
+        path, np.zeros((10_001, 1, 1), np.uint8), photometric="minisblack", metadata=None, contiguous=False
+    )
+    with pytest.raises(ScanError, match="more than 10,000 pages"):
+        image.read_header(path)
+    Image.fromarray(GREY8).save(tmp_path / "a.jpg", progressive=True)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    last = whole.rindex(b"\xff\xda")
+    (tmp_path / "a.jpg").write_bytes(whole[:last] + whole[last:-2] * 200 + whole[-2:])
+    with pytest.raises(ScanError, match=r"JPEG of 2\d\d scans"):
+        image.read_header(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("name", ["a.png", "palette.png", "a.jpg", "a.tif", "lzw.tif", "pages.tif"])
+def test_every_damaged_file_is_refused_or_read(tmp_path: Path, name: str) -> None:
+    """Whatever the bytes, nothing but a ScanError comes out."""
+    path = tmp_path / name
+    grey = Image.fromarray(RNG.randint(0, 256, (20, 30)).astype(np.uint8))
+    picture = grey.quantize(16) if name == "palette.png" else grey
+    options = {"lzw.tif": {"compression": "tiff_lzw"}, "pages.tif": {"save_all": True, "append_images": [grey]}}
+    picture.save(path, **options.get(name, {}))
+    whole = path.read_bytes()
+    outcomes = []
+    for number in range(120):
+        broken = bytearray(whole)
+        for position in RNG.randint(0, len(whole), 3):
+            broken[position] = RNG.randint(256)
+        if name.endswith("png") and number % 2:  # with the checksums mended, the damage is looked at
+            broken = mended(broken)
+        path.write_bytes(broken[: RNG.randint(1, len(whole))] if number % 10 == 0 else broken)
+        try:
+            image.read_header(path, path.read_bytes())
+            image.read([path], "XR")
+            outcomes.append("read")
+        except ScanError:
+            outcomes.append("refused")
+    assert set(outcomes) == {"read", "refused"}
+
+
+def mended(broken: bytearray) -> bytearray:
+    """A PNG whose chunks have their right checksums, as far as its chunks can be told."""
+    start = 8
+    while start + 12 <= len(broken):
+        end = start + 8 + int.from_bytes(broken[start : start + 4], "big")
+        if end + 4 > len(broken):
+            break
+        broken[end : end + 4] = zlib.crc32(broken[start + 4 : end]).to_bytes(4, "big")
+        start = end + 4
+    return broken
+
+
+def test_no_text_of_a_file_comes_out(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
+    marker = "MarkerDoe"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Author", marker)
+    info.add_text("Comment", marker, zip=True)
+    info.add_itxt("Title", marker)
+    exif = Image.Exif()
+    exif[0x010E] = exif[0x013B] = marker  # ImageDescription, Artist
+    picture = Image.fromarray(GREY8)
+    picture.save(tmp_path / "a.png", pnginfo=info, exif=exif)
+    picture.save(tmp_path / "a.jpg", exif=exif, comment=marker)
+    picture.save(tmp_path / "a.tif", exif=exif)
+    picture.save(tmp_path / "lzw.tif", exif=exif, compression="tiff_lzw")
+    said = []
+    with caplog.at_level(logging.INFO):
+        for name in ("a.png", "a.jpg", "a.tif", "lzw.tif"):
+            whole = (tmp_path / name).read_bytes()
+            assert marker.encode() in whole
+            for position in range(0, len(whole), 3):
+                broken = bytearray(whole)
+                broken[position : position + 2] = b"\xff\x7f"
+                (tmp_path / "b").write_bytes(mended(broken) if name == "a.png" else broken)
+                try:
+                    said.append(repr(image.read_header(tmp_path / "b")))
+                    said.append(image.read([tmp_path / "b"], "XR").irregular)
+                except ScanError as error:
+                    said.append(str(error))
+    assert len(set(said)) > 5
+    assert not any(marker in text for text in (*said, *capfd.readouterr(), caplog.text))

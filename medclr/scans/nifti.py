@@ -20,7 +20,8 @@ from medclr.errors import ScanError
 from medclr.scans.nifti_header import Header, goes_on, is_nifti, read_header, refusal
 from medclr.scans.nifti_voxels import Voxels
 from medclr.scans.policy import DEFAULT, Plane, Policy
-from medclr.scans.scan import Found, Scan, fill_nan, naming
+from medclr.scans.scan import Found, Scan, naming
+from medclr.scans.values import fill_nan
 
 __all__ = ["Header", "find", "is_nifti", "read", "read_header", "read_mask"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from medclr.errors import ScanError
 from medclr.scans.nifti_header import GZIP_MAGIC, Header
-from medclr.scans.scan import luminance
+from medclr.scans.values import check_precision, luminance
 
 Box = tuple[slice, slice, slice]
 
@@ -32,7 +32,7 @@ class Voxels:
         """Where it lies, and [x,y,z]: all of [X,Y,Z] in the file's order.
 
         Raises:
-            ScanError: the file is damaged, or holds what float32 cannot.
+            ScanError: the file is damaged, or its values cannot be told apart in float32.
         """
         header = self._header
         exact = header.dtype.kind == "V" or header.dtype.itemsize <= 2 or header.dtype == np.float32
@@ -42,7 +42,7 @@ class Voxels:
             if header.dtype.kind == "V":  # RGB24 and RGBA32; the scaling is not for these
                 yield box, luminance(_channels(stored))
             elif exact:
-                yield box, _finite(stored.astype(np.float32))
+                yield box, stored.astype(np.float32)
             else:
                 values = stored.astype(np.float64)
                 values *= header.slope
@@ -50,9 +50,9 @@ class Voxels:
                 lows.append(np.fmin.reduce(values, axis=None))
                 highs.append(np.fmax.reduce(values, axis=None))
                 with np.errstate(over="ignore", under="ignore"):
-                    yield box, _finite(values.astype(np.float32))
+                    yield box, values.astype(np.float32)  # infinite, if too large for it
         if lows:
-            _check_precision(float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs)))
+            check_precision(float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs)))
 
     def _stored(self) -> Iterator[tuple[Box, NDArray[Any]]]:
         """As the file stores them."""
@@ -83,19 +83,6 @@ def _channels(stored: NDArray[Any]) -> NDArray[np.uint8]:
     """[x,y,z] of RGB or RGBA -> [x,y,z,3 or 4]."""
     names = stored.dtype.names or ()
     return np.stack([stored[name] for name in names], axis=-1)
-
-
-def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    if np.isinf(values).any():
-        raise ScanError("holds infinite voxels, or such as float32 cannot hold; put in what they stand for")
-    return values
-
-
-def _check_precision(low: float, high: float) -> None:
-    """Raise if float32 would blur the contrast between the lowest and the highest value, or lose it."""
-    largest, span = max(abs(low), abs(high)), high - low
-    if span > 0 and (span < largest * 2**-14 or largest < 1e-30):  # of 24 bits, 10 would remain
-        raise ScanError(f"holds values from {low:.9g} to {high:.9g}, too fine for float32; shift or rescale them")
 
 
 class _Plain:

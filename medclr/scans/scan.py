@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from medclr.errors import ScanError
 from medclr.scans.modality import MODALITIES, Window
@@ -116,36 +116,3 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except ScanError as error:
         raise ScanError(f"{path}: {error}") from error
-
-
-_BT601 = np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601, of R, G and B
-
-
-def luminance(channels: ArrayLike) -> NDArray[np.float32]:
-    """[...,3] RGB or [...,4] RGBA of 8 bits -> [...] grey from 0 to 255; transparent parts lie on black."""
-    channels = np.asarray(channels)
-    grey = channels[..., :3] @ _BT601
-    if channels.shape[-1] == 4:
-        grey *= channels[..., 3] / 255
-    return np.asarray(grey, dtype=np.float32)
-
-
-def fill_nan(voxels: NDArray[np.float32], modality: str) -> str:
-    """Put the air of a modality, in place, where [D,H,W] voxels are NaN: by custom, nothing was measured there.
-
-    Returns:
-        What ``Scan.irregular`` says of it; '' if none was NaN.
-
-    Raises:
-        ScanError: all are.
-    """
-    n_missing = 0
-    lowest = np.fmin.reduce(voxels, axis=None)
-    if np.isnan(lowest):
-        raise ScanError("holds nothing but NaN")
-    air = MODALITIES[modality].air if modality in MODALITIES else None
-    for image in voxels:  # [H,W]: slice by slice, to save memory
-        missing = np.isnan(image)
-        n_missing += int(missing.sum())
-        image[missing] = lowest if air is None else air
-    return f"{n_missing:,} of its {voxels.size:,} voxels are NaN, taken as air" if n_missing else ""
