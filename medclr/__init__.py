@@ -15,6 +15,7 @@ _API = {
     "index": "medclr.data.index",
     "prepare": "medclr.data.prepare",
     "verify": "medclr.data.store",
+    "dedup": "medclr.data.dedup",
     "pretrain": "medclr.pretrain",
     "probe": "medclr.probe",
     "embed": "medclr.embed",
@@ -25,6 +26,7 @@ _API = {
 
 __all__ = [
     "__version__",
+    "dedup",
     "demo",
     "embed",
     "index",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from medclr.data.dedup import dedup as dedup
     from medclr.data.index import index as index
     from medclr.data.prepare import prepare as prepare
     from medclr.data.store import verify as verify

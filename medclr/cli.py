@@ -38,6 +38,9 @@ VERBS = {
         "medclr.data.prepare", "decode each scan once into a slice store", positional="manifest", resumes=True
     ),
     "verify": Verb("medclr.data.store", "check a slice store against what was written", positional="store"),
+    "dedup": Verb(
+        "medclr.data.dedup", "find slices that repeat others, and write which to leave out", positional="store"
+    ),
     "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)", resumes=True),
     "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
     "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),

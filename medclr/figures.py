@@ -28,7 +28,8 @@ def save(figure: Figure, path: Path, dpi: int = 110) -> None:
         )
 
 
-def _axes(figure: Figure, rows: int, columns: int) -> list[Any]:
+def plain_axes(figure: Figure, rows: int, columns: int) -> list[Any]:
+    """The panels of a figure, row by row, in the style of all."""
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -46,7 +47,7 @@ def curves(path: Path, metrics: Sequence[Mapping[str, float]], panels: Mapping[s
     columns = min(3, len(present))
     lines = -(-len(present) // columns)
     figure = Figure(figsize=(4 * columns, 2.7 * lines), layout="constrained")
-    axes = _axes(figure, lines, columns)
+    axes = plain_axes(figure, lines, columns)
     for index, (axis, (key, title)) in enumerate(zip(axes, present.items(), strict=False)):
         points = np.array([(row["step"], row[key]) for row in metrics if key in row], dtype=float)  # [n,2]
         few = len(points) <= 30
@@ -97,7 +98,7 @@ def contact_sheet(
 def embedding_map(path: Path, points: NDArray[np.float64], values: Sequence[str], title: str) -> None:
     """Points [n,2] coloured by a column; beyond eight values, the rest share one colour named 'other'."""
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-    (axis,) = _axes(figure, 1, 1)
+    (axis,) = plain_axes(figure, 1, 1)
     counts = sorted(set(values), key=lambda value: (-list(values).count(value), value))
     named = counts[: len(COLOURS)]
     groups = np.array([value if value in named else "other" for value in values])
@@ -121,7 +122,7 @@ def score_plot(
 ) -> None:
     """Score over the number of labelled patients: per name, rows of (patients, mean, low, high) with interval bars."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
-    (axis,) = _axes(figure, 1, 1)
+    (axis,) = plain_axes(figure, 1, 1)
     for index, (name, rows) in enumerate(series.items()):
         x, mean, low, high = np.array(rows, dtype=float).T  # each [budgets]
         x = x * (1 + 0.03 * (index - (len(series) - 1) / 2))  # beside each other, not on top
