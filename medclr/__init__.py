@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 _API = {
     "index": "medclr.data.index",
+    "whereis": "medclr.data.whereis",
+    "rekey": "medclr.data.rekey",
     "prepare": "medclr.data.prepare",
     "verify": "medclr.data.store",
     "dedup": "medclr.data.dedup",
@@ -35,14 +37,18 @@ __all__ = [
     "pretrain",
     "probe",
     "read_views",
+    "rekey",
     "verify",
+    "whereis",
 ]
 
 if TYPE_CHECKING:
     from medclr.data.dedup import dedup as dedup
     from medclr.data.index import index as index
     from medclr.data.prepare import prepare as prepare
+    from medclr.data.rekey import rekey as rekey
     from medclr.data.store import verify as verify
+    from medclr.data.whereis import whereis as whereis
     from medclr.demo import demo as demo
     from medclr.embed import embed as embed
     from medclr.embed import read_views as read_views

@@ -34,6 +34,8 @@ class Verb:
 
 VERBS = {
     "index": Verb("medclr.data.index", "find the scans in folders and write a manifest", positional="roots"),
+    "whereis": Verb("medclr.data.whereis", "which file an opaque id stands for", positional="ids"),
+    "rekey": Verb("medclr.data.rekey", "write a manifest again under a new key", positional="manifest"),
     "prepare": Verb(
         "medclr.data.prepare", "decode each scan once into a slice store", positional="manifest", resumes=True
     ),

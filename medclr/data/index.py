@@ -32,7 +32,7 @@ from medclr.data.manifest import (
     table_paths,
     write_manifest,
 )
-from medclr.data.places import Namer, find_places
+from medclr.data.places import Namer, find_places, places_path
 from medclr.data.readings import Entry, entries_of
 from medclr.data.walk import Refused, absolute_folders, refuse_nested, walk
 from medclr.errors import MedclrError, ScanError
@@ -125,7 +125,7 @@ def index(
         modality: What files show that do not say it themselves: CT, MR, XR, US, PT, NM or OT.
         patient_pattern: Regular expression with one group that finds the patient in a file's path under its root;
             overrules DICOM's PatientID where it matches.
-        split: Splits and their shares, such as train=0.7,test=0.3; a hash of the patient decides.
+        split: Splits and their shares, such as train=0.7,test=0.3; a hash of the patient decides, once and for all.
         allow_unmatched: Go on although labels or masks have no scan, or scans no label.
         policy: What to do with scans that are not plain; what is let in says so in the column irregular.
         plane: How NIfTI volumes are cut into slices; if not given, across their coarsest spacing.
@@ -157,12 +157,13 @@ def index(
             raise MedclrError(f"--out {out}: exists, but without {table.name} it cannot be added to; choose another")
     key = Pseudonyms(load_key(key_file, create=not grows))
     namer = Namer(key, key_file, keep_paths)
-    settings = Settings(key.name, keep_paths, plane, policy)
+    settings = Settings(key.name, keep_paths, plane, policy, fractions)
 
     with files.alone(out.parent, f".{out.name}.lock"):
         files.finish(tables)
         old = _earlier(out, folders, settings, key_file) if out.exists() else None
-        found, refused = walk(folders, [*tables, labels, masks, *(mask.root / mask.path for mask in mask_files)])
+        ours = [*tables, key_file, places_path(key_file)]
+        found, refused = walk(folders, [*ours, labels, masks, *(mask.root / mask.path for mask in mask_files)])
         entries, unreadable = entries_of(found, old, namer, key, policy, plane)
         refused += unreadable
 
@@ -189,10 +190,15 @@ def index(
         if labels:
             scans = _labelled(labels, label_table, scans, key, namer, allow_unmatched)
 
+        split_before = {row.patient_id: row.split for row in old.rows if row.split} if old else {}
+
+        def split_now(patient_id: str) -> str:
+            return split_before.get(patient_id) or (split_of(patient_id, fractions) if fractions else "")
+
         rows: dict[str, ScanRow] = {}
         file_rows: list[FileRow] = []
         for scan in scans:
-            row = _row(scan, split_of(scan.patient_id, fractions) if fractions else "", key, namer)
+            row = _row(scan, split_now(scan.patient_id), key, namer)
             if scan.entry.before:
                 _refuse_change(out, scan.entry.before, row)
             if row.scan_id in rows:
@@ -204,7 +210,7 @@ def index(
         rejected = [Rejected(_rejected_name(namer, refusal), refusal.reason) for refusal in dict.fromkeys(refused)]
         if old:  # what an earlier run found in other folders stays
             kept = {row.scan_id for row, place in old.located if row.kind == "image" and place.root not in folders}
-            rows |= {row.scan_id: row for row in old.rows if row.scan_id in kept}
+            rows |= {r.scan_id: replace(r, split=split_now(r.patient_id)) for r in old.rows if r.scan_id in kept}
             file_rows += [row for row in old.file_rows if row.scan_id in kept]
             rejected += _rejected_elsewhere(out, folders, namer, key_file)
         namer.save()
@@ -217,6 +223,8 @@ def _earlier(out: Path, folders: Sequence[str], settings: Settings, key_file: Pa
     then = read_settings(out)
     if then.key != settings.key:
         raise MedclrError(f"--out {out}: was made with another key; give its --key-file, or choose another --out")
+    if then.split is None:  # splits may be asked for later
+        then = replace(then, split=settings.split)
     if other := differences(asdict(then), asdict(settings)):
         raise MedclrError(
             f"--out {out}: was made with other {', '.join(other)} (see {settings_path(out).name}); give the options of"

@@ -119,6 +119,8 @@ class Settings:
     keep_paths: bool
     plane: Plane | None
     policy: Policy
+    split: dict[str, float] | None = None
+    """Shares of the splits; who has a split keeps it, so these may not change."""
 
 
 @dataclass(frozen=True)

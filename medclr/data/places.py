@@ -8,7 +8,7 @@ looks into it.
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ def find_places(key_file: Path, ids: Iterable[str]) -> dict[str, Place]:
     try:
         if wanted:
             with path.open(encoding="utf-8", errors="surrogateescape", newline="") as table:
-                places = {name: place for name, place in _lines(table) if name in wanted}
+                places = {name: Place(*map(_plain, cells)) for name, *cells in _lines(table) if name in wanted}
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -94,37 +94,41 @@ def find_places(key_file: Path, ids: Iterable[str]) -> dict[str, Place]:
 
 
 def add_places(key_file: Path, places: Mapping[str, Place]) -> None:
-    """Add to the key's table what is not there yet, and see it on the disk.
+    """Add to the key's table what is not there yet, and see it on the disk; raises as ``append``."""
+    append(places_path(key_file), ("id", *Place._fields), places)
+
+
+def append(path: Path, columns: Sequence[str], lines: Mapping[str, Sequence[str]]) -> None:
+    """Add lines to a table beside a key, but those whose first cell it has already, and see them on the disk.
+
+    Args:
+        path: the table; made if it is not there, readable by its owner alone.
+        columns: of the table.
+        lines: first cell -> the others.
 
     Raises:
         MedclrError: the disk is full, or the table cannot be written.
     """
-    if not places:
+    if not lines:
         return
-    path = places_path(key_file)
     with mendable(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "r+", encoding="utf-8", errors="surrogateescape", newline="") as table:  # noqa: PTH123
             lock(descriptor, wait=True)
-            known = {name for name, _ in _lines(table)}
-            new = {name: place for name, place in places.items() if name not in known}
+            known = {cells[0] for cells in _lines(table)}
+            new = [(name, *map(_escaped, cells)) for name, cells in lines.items() if name not in known]
             if not new:
                 return
             size = _whole(descriptor)
             os.truncate(descriptor, size)  # what a process that was killed has left of a line
-            writer = csv.writer(table, lineterminator="\n")
-            if not size:
-                writer.writerow(("id", *Place._fields))
-            writer.writerows((name, _escaped(root), _escaped(path)) for name, (root, path) in new.items())
+            csv.writer(table, lineterminator="\n").writerows(new if size else [tuple(columns), *new])
             table.flush()
             os.fsync(descriptor)
 
 
-def _lines(table: Iterable[str]) -> Iterator[tuple[str, Place]]:
-    """The entries; a line that somebody is still writing, or never finished, is passed over."""
-    for cells in csv.reader(line for line in table if line.endswith("\n")):
-        if len(cells) == 3:
-            yield cells[0], Place(_plain(cells[1]), _plain(cells[2]))
+def _lines(table: Iterable[str]) -> Iterator[list[str]]:
+    """The lines; one that somebody is still writing, or never finished, is passed over."""
+    return filter(None, csv.reader(line for line in table if line.endswith("\n")))
 
 
 def _whole(descriptor: int) -> int:
