@@ -103,8 +103,9 @@ class OptimConfig:
     name: Literal["lars", "adamw", "sgd"] = "lars"
     """LARS as in SimCLR, or AdamW / SGD from torch."""
 
-    lr: float = 0.075
-    """Base learning rate, before scaling with the batch."""
+    lr: float | None = None
+    """Base learning rate, before scaling with the batch; null: by optimizer, for lr_scaling sqrt: 0.075 for lars,
+    6.25e-5 for adamw (1e-3 at a batch of 256), 3.125e-3 for sgd (0.05 at a batch of 256)."""
 
     lr_scaling: Literal["linear", "sqrt", "none"] = "sqrt"
     """linear: lr x batch/256; sqrt: lr x sqrt(batch); none: lr as it is."""
@@ -117,6 +118,11 @@ class OptimConfig:
 
     warmup: float = 0.1
     """Share of the run with a linear warm-up from 0; cosine to 0 follows."""
+
+    @property
+    def base_lr(self) -> float:
+        """``lr``, or that of the optimizer."""
+        return {"lars": 0.075, "adamw": 6.25e-5, "sgd": 3.125e-3}[self.name] if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,11 @@ class PretrainConfig:
                 "seed": (self.seed >= 0, "at least 0"),
                 "epochs": (self.epochs >= 1, "at least 1"),
                 "batch": (self.batch >= 2, "at least 2, because a lone slice has no negatives"),
-                "optim.lr": (self.optim.lr > 0, "above 0"),
+                "optim.lr": (self.optim.lr is None or self.optim.lr > 0, "above 0, or null"),
+                "optim.lr_scaling": (
+                    self.optim.lr_scaling == "sqrt" or self.optim.lr is not None,
+                    "sqrt where optim.lr is null, because the optimizers' own rates go with that",
+                ),
                 "optim.weight_decay": (self.optim.weight_decay >= 0, "at least 0"),
                 "optim.momentum": (0 <= self.optim.momentum < 1, "at least 0 and below 1"),
                 "optim.warmup": (0 <= self.optim.warmup < 1, "a share of the run, at least 0 and below 1"),

@@ -218,7 +218,7 @@ def _loop(request: Request, store: Store, indices: Indices, loader: Loader, devi
     encoder = build_encoder(settings.encoder, settings.views.size_px)
     method = methods.get(settings.method).Method(request.own, encoder).to(device, memory_format=torch.channels_last)
     groups = param_groups(method, settings.optim.weight_decay)
-    peak_lr = scaled_lr(settings.optim.lr, settings.batch, settings.optim.lr_scaling)
+    peak_lr = scaled_lr(settings.optim.base_lr, settings.batch, settings.optim.lr_scaling)
     optimizer = build_optimizer(settings.optim.name, groups, lr=peak_lr, momentum=settings.optim.momentum)
     warmup_steps = round(settings.optim.warmup * total)
 

@@ -81,6 +81,16 @@ def test_all_problems_of_a_group_are_named_at_once():
         PretrainConfig(seed=-1, epochs=0, batch=1, optim=OptimConfig(momentum=1), monitor=MonitorConfig(sample=1))
 
 
+@pytest.mark.parametrize(("name", "peak"), [("lars", 1.2), ("adamw", 1e-3), ("sgd", 0.05)])
+def test_each_optimizer_has_a_learning_rate_of_its_own(name, peak):
+    optim = settings("--optim.name", name).optim
+    assert optim.base_lr * 256**0.5 == pytest.approx(peak)
+    assert settings("--optim.name", name, "--optim.lr", "0.2").optim.base_lr == 0.2
+    with pytest.raises(MedclrError, match=r"optim\.lr_scaling must be sqrt where optim\.lr is null"):
+        PretrainConfig(optim=OptimConfig(name, lr_scaling="linear"))
+    assert PretrainConfig(optim=OptimConfig(name, lr=0.3, lr_scaling="linear")).optim.base_lr == 0.3
+
+
 def test_resolved_settings_survive_the_round_trip(tmp_path):
     plain = to_plain(PretrainConfig(epochs=3))
     (tmp_path / "c.yaml").write_text(to_yaml(plain))

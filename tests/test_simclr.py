@@ -1,5 +1,8 @@
 """SimCLR as a method, and what every method must keep to."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,6 +63,47 @@ def test_loss_is_nt_xent_of_the_heads_embeddings() -> None:
     torch.testing.assert_close(method(a, b)[0], loss)
 
 
+@dataclass
+class Ids:
+    """What SimCLR looks at of a batch: two patients of four slices, each of two scans."""
+
+    patient: Tensor = field(default_factory=lambda: torch.arange(8) // 4)
+    scan: Tensor = field(default_factory=lambda: torch.arange(8) // 2)
+    slice_index: Tensor = field(default_factory=lambda: torch.arange(8) % 2)
+
+
+RULES = [
+    {"negatives": "other_scans"},
+    {"negatives": "other_patients", "positives": "neighbouring_slice"},
+    {"positives": "neighbouring_slice", "reach": 2, "loss": "blocks"},
+    {"positives": "same_patient"},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
+def test_settings_reach_the_loss(rule: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    encoder = TinyEncoder()
+    method = Method(Config(**rule), encoder).eval()
+    a, b = views()
+    za, zb = method.embed(a)[1].detach().requires_grad_(), method.embed(b)[1].detach().requires_grad_()
+    loss, _ = method.contrast(za, zb, Ids())
+    form = {"form": rule["loss"]} if "loss" in rule else {}
+    rule = {name: value for name, value in rule.items() if name != "loss"}
+    torch.testing.assert_close(loss, nt_xent(za, zb, 0.2, ids=Ids(), **rule, **form))
+    torch.testing.assert_close(method.loss(a, b, Ids())[0], loss)
+    assert not torch.isclose(loss, nt_xent(za, zb, 0.2))
+    loss.backward()  # on leaves: for callers that embed in pieces
+    assert za.grad is not None
+    assert za.grad.abs().max() > 0
+
+
+def test_a_batch_without_ids_is_refused_where_they_are_needed() -> None:
+    method = Method(Config(positives="same_patient"), TinyEncoder())
+    with pytest.raises(MedclrError, match="positives 'same_patient': needs the patient, scan and slice of each image"):
+        method.loss(*views())
+
+
 def test_learns_to_find_the_twin() -> None:
     torch.manual_seed(0)
     method = Method(Config(out_features=16), TinyEncoder())
@@ -81,6 +125,10 @@ def test_unknown_method_names_the_nearest() -> None:
 
 
 def test_impossible_settings_are_named() -> None:
-    for wrong, named in (({"temperature": 0.0}, "temperature: 0.0"), ({"out_features": 0}, "out_features: 0")):
+    for wrong, named in (
+        ({"temperature": 0.0}, "temperature: 0.0"),
+        ({"out_features": 0}, "out_features: 0"),
+        ({"reach": 0}, "reach: 0"),
+    ):
         with pytest.raises(MedclrError, match=named):
             Config(**wrong)

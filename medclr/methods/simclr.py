@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from medclr.distributed import Group
 from medclr.errors import MedclrError
-from medclr.losses.nt_xent import nt_xent
+from medclr.losses.nt_xent import Form, nt_xent
+from medclr.losses.relations import Negatives, Positives
 from medclr.methods import PretrainingMethod
 from medclr.models.heads import ProjectionHead
 
@@ -30,10 +31,28 @@ class Config:
     out_features: int = 128
     """Components of the embedding in which the loss is taken."""
 
+    negatives: Negatives = "all"
+    """Views that a view is told from: all others; only those of other_scans; or only those of other_patients, so that
+    two slices that look alike because they are of one body are not pushed apart."""
+
+    positives: Positives = "augmentation"
+    """What is pulled together, beside the two views of a slice. augmentation: nothing; neighbouring_slice: slices of
+    the same scan at most reach apart; same_patient: all slices of the same patient (MICLe). Only what meets in a batch
+    counts."""
+
+    reach: int = 1
+    """Largest distance in slices at which slices are neighbours, for positives neighbouring_slice."""
+
+    loss: Form = "auto"
+    """dense holds the cosines of all pairs of views; blocks makes them piece by piece in little memory; auto is dense
+    for small batches. The result is the same to rounding."""
+
     def __post_init__(self) -> None:
         """Raise MedclrError for a setting that cannot work."""
         if not self.temperature > 0:
             raise MedclrError(f"temperature: {self.temperature} is not above 0; 0.1 to 0.5 is usual")
+        if self.reach < 1:
+            raise MedclrError(f"reach: {self.reach} is below 1, at which no slice has a neighbour")
         if self.out_features < 1:
             raise MedclrError(f"out_features: {self.out_features} is below 1; 128 is usual")
 
@@ -64,12 +83,33 @@ class Method(PretrainingMethod):
         """Two views [B,1,S,S] of one batch -> NT-Xent, and what else to log (0-d tensors, detached, of this process).
 
         Both views go through the network in one pass, as in the reference, so that the batch-norm statistics are those
-        of all 2B views. ``batch`` is what the views came from; SimCLR does not look at it. ``group`` brings the
-        negatives of all processes.
+        of all 2B views. ``batch`` is what the views came from, and is looked at for its ids if the settings ask for
+        them. ``group`` brings the views of all processes.
         """
         features = self.encoder(torch.cat([a, b]))  # [2B,F]
         za, zb = self.head(features).chunk(2)  # [B,K] each
-        loss = nt_xent(za, zb, self.config.temperature, group)
+        return self.contrast(za, zb, batch, group)
+
+    def contrast(
+        self, za: Tensor, zb: Tensor, batch: Any = None, group: Group | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``loss`` from the embeddings [B,K] of the two views on, wherever they were made.
+
+        Raises:
+            MedclrError: the settings ask for the ids of the batch, and there is none.
+        """
+        config = self.config
+        loss = nt_xent(
+            za,
+            zb,
+            config.temperature,
+            group,
+            ids=batch,
+            negatives=config.negatives,
+            positives=config.positives,
+            reach=config.reach,
+            form=config.loss,
+        )
         with torch.no_grad():
             positive = F.cosine_similarity(za.float(), zb.float()).mean()  # []
         return loss, {"positive_cosine": positive}
