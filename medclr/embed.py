@@ -139,7 +139,7 @@ def read_views(
     scan = read(files, modality)
     size = store_px or encoder.store_px
     encoding = encoding_of(scan, size)
-    stored = np.stack([square.copy() for square in encode(scan.voxels, encoding, size)])  # [D,S,S]
+    stored = np.concatenate([squares.copy() for squares in encode(scan.voxels, encoding, size)])  # [D,S,S]
     images = torch.from_numpy(stored.astype(np.float32) * np.float32(encoding.scale) + np.float32(encoding.offset))
     depth = len(images)
 

@@ -40,7 +40,7 @@ def scan_of(voxels: NDArray, spacing_mm: tuple[float, float, float] = (1, 1, 1),
 def squares_of(scan: Scan, size_px: int) -> NDArray[np.float64]:
     """[D,S,S], physical values after storing."""
     e = encoding_of(scan, size_px)
-    return np.stack([e.offset + e.scale * square.astype(float) for square in encode(scan.voxels, e, size_px)])
+    return np.concatenate([e.offset + e.scale * squares.astype(float) for squares in encode(scan.voxels, e, size_px)])
 
 
 @pytest.fixture

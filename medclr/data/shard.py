@@ -111,8 +111,8 @@ def write_shard(
             except MedclrError as error:
                 raise MedclrError(source.renamed(str(error))) from None
             try:
-                for square in encode((scan.voxels[d] for d in kept), encoding, size_px):
-                    slices(square)
+                for squares in encode((scan.voxels[d] for d in kept), encoding, size_px):
+                    slices(squares)
                 if mask is not None:
                     masks(encode_mask(mask[kept], encoding, size_px))
                 elif has_masks:
@@ -194,7 +194,7 @@ def _stored_scan(
 
 @contextlib.contextmanager
 def _npy(path: Path, size_px: int, written: dict[str, FileInfo]) -> Iterator[Callable[[NDArray[np.uint16]], None]]:
-    """Yield a function that appends [S,S] or [D,S,S] to a new .npy file: no shard has to fit into memory.
+    """Yield a function that appends [k,S,S] to a new .npy file: no shard has to fit into memory.
 
     On success the file is entered into ``written``.
     """
