@@ -16,6 +16,10 @@ from nibabel.nifti1 import Nifti1Extension
 from numpy.typing import NDArray
 
 from medclr import scans
+from medclr.data.index import index
+from medclr.data.manifest import read_manifest, read_rejected
+from medclr.data.prepare import prepare
+from medclr.data.store import Store
 from medclr.errors import ScanError
 from medclr.scans import nifti
 from medclr.scans.policy import Policy
@@ -23,6 +27,7 @@ from medclr.scans.policy import Policy
 RNG = np.random.RandomState(0)
 VOLUME = RNG.randint(-1000, 3000, (4, 5, 6)).astype(np.int16)  # R, A, S
 RAS = np.diag([1.0, 1.5, 2.0, 1.0])
+SQUARE = np.diag([1.5, 1.5, 2.0, 1.0])
 
 
 def save(path: Path, array: NDArray[np.generic], affine: NDArray[np.float64] | None = RAS, **fields: Any) -> Path:
@@ -385,3 +390,45 @@ def test_no_text_of_a_file_comes_out(tmp_path: Path, capfd: pytest.CaptureFixtur
     captured = capfd.readouterr()
     assert not any(marker in text for text in (*said, captured.out, captured.err, caplog.text))
     assert captured.err == ""
+
+
+# Through the index
+
+
+def test_index_takes_both_halves_of_a_pair_and_every_volume(tmp_path: Path) -> None:
+    """The .img, which nobody could recognise, is part of its scan, hashed and watched; its names lead to it."""
+    root, masks, key = tmp_path / "scans", tmp_path / "masks", tmp_path / "key"
+    for folder in (root / "p1", root / "p2", masks):
+        folder.mkdir(parents=True)
+    nib.save(nib.Nifti1Pair(VOLUME, SQUARE), root / "p1" / "one.img")
+    nib.save(nib.Nifti1Pair(VOLUME // 2, SQUARE), root / "p1" / "two.img.gz")
+    nib.save(nib.Nifti1Image(np.stack([VOLUME, VOLUME // 3, VOLUME // 4], -1), SQUARE), root / "p2" / "series.nii.gz")
+    for name in ("one", "two", "series"):
+        nib.save(nib.Nifti1Image((VOLUME > 0).astype(np.uint8), SQUARE), masks / f"{name}.nii.gz")
+    (root / "p2" / "lone.img").write_bytes(bytes(100))
+    key.touch(mode=0o600)
+    key.write_text("00" * 32)
+
+    def run() -> tuple[Any, Any, list[str]]:
+        index([root], tmp_path / "m.csv", masks=masks, modality="MR", patient_pattern=r"(p\d)", key_file=key)
+        table = read_manifest(tmp_path / "m.csv", key)
+        return table.rows, table.file_rows, [row.reason for row in read_rejected(tmp_path / "m.csv")]
+
+    rows, file_rows, reasons = run()
+    assert sorted((row.n_slices, row.volume) for row in rows) == [(6, 0), (6, 0), (6, 0), (6, 1), (6, 2)]
+    assert len({row.scan_id for row in rows}) == 5
+    assert reasons == [scans.NO_SCAN]
+    files = [row for row in file_rows if row.kind == "image"]
+    assert len(files) == 2 + 2 + 3
+    assert run() == (rows, file_rows, reasons)  # from the manifest
+    prepare(tmp_path / "m.csv", tmp_path / "store", size_px=8, keep_blank=True, key_file=key)
+    store = Store(tmp_path / "store")
+    assert (store.info.n_scans, store.info.n_rejected) == (5, 0)
+    seen = set()
+    for number, scan in enumerate(store.scans):
+        rows = np.flatnonzero(store.column("scan") == number)
+        content = np.s_[:, scan.content_top : scan.content_top + 5, scan.content_left : scan.content_left + 4]
+        shown = store.physical(rows)[content]
+        seen |= {(n, scan.volume) for n in (1, 2, 3, 4) if abs(shown - as_axial(VOLUME // n)).max() < 1}
+        assert np.array_equal(store.masks(rows)[content], as_axial(VOLUME > 0))
+    assert seen == {(1, 0), (2, 0), (3, 1), (4, 2)}

@@ -116,7 +116,7 @@ def _cached(found: Sequence[File], old: Manifest, namer: Namer) -> list[Entry]:
         if not now or any((a.size, a.mtime_ns) != (b.size, b.mtime_ns) for a, (b, _) in zip(now, group, strict=True)):
             continue
         first = group[0][0]
-        path = _path_of(now)
+        path = _path_of(now, first.series)
         entries.append(
             Entry(
                 files=now,
@@ -138,10 +138,10 @@ def _cached(found: Sequence[File], old: Manifest, namer: Namer) -> list[Entry]:
     return entries
 
 
-def _path_of(scan: Sequence[File]) -> str:
-    """Of a scan of one file: the file. Of several: the folder that holds all those under the root of the first."""
+def _path_of(scan: Sequence[File], series: str) -> str:
+    """The first file; of a series of several, the folder that holds all those under the root of the first."""
     first = scan[0]
-    if len(scan) == 1:
+    if len(scan) == 1 or not series:
         return first.path
     return os.path.commonpath({file.path.rpartition("/")[0] for file in scan if file.root == first.root}) or "."
 
@@ -187,6 +187,7 @@ class Readings:
             data, digest = None, files.sha256(path)
             with path.open("rb") as opened:
                 head = opened.read(HEAD_BYTES)
+        self._files[path] = (file, digest, "")  # also of what no reader knows: the other half of a pair is such
         known = reader_of(head)
         if known is None:
             raise ScanError(NO_SCAN)
@@ -208,9 +209,15 @@ class Readings:
         entries = []
         for name, (reader, headers) in self._headers.items():
             found, rejects = reader.find(headers, self._policy, self._plane)
-            entries += [self._entry(scan, is_picture=name == "image") for scan in found]
+            for scan in found:
+                if all(path in self._files for path in scan.files):
+                    entries.append(self._entry(scan, is_picture=name == "image"))
+                else:  # another half that index passes over
+                    self._refuse(self._files[scan.files[0]][0], "belongs to a file that is not indexed")
             for path, reason in rejects:
                 self._refuse(self._files[path][0], reason)
+        used = {(file.root, file.path) for entry in entries if len(entry.files) > 1 for file in entry.files}
+        self.refused = [refused for refused in self.refused if (refused.root, refused.path) not in used]
         return entries
 
     def _entry(self, scan: "Found", is_picture: bool) -> Entry:
@@ -221,7 +228,7 @@ class Readings:
         return Entry(
             files=found,
             digests=tuple(digest for _, digest, _ in records),
-            path=_path_of(found),
+            path=_path_of(found, records[0][2]),
             series=records[0][2],
             patient=self._key("patient", scan.patient) if scan.patient else "",
             study_id=self._key("study", scan.study) if scan.study else "",

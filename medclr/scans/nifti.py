@@ -169,7 +169,9 @@ def read_mask(path: Path, like: Scan) -> NDArray[np.uint16]:
         mask = np.empty(like.voxels.shape, dtype=np.uint16)  # [D,H,W]
         source = view.invert(mask)  # [X,Y,Z]
         for box, values in Voxels(header, 0):
-            if not ((values >= 0) & (values <= 65535) & (values == np.rint(values))).all():
+            with np.errstate(invalid="ignore"):
+                fits = (values >= 0) & (values <= 65535) & (values == np.rint(values))
+            if not fits.all():
                 raise ScanError("holds values that are not whole numbers from 0 to 65535, so it is no segmentation")
             source[box] = values
         return mask

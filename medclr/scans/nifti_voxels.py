@@ -41,18 +41,20 @@ class Voxels:
         for box, stored in self._stored():
             if header.dtype.kind == "V":  # RGB24 and RGBA32; the scaling is not for these
                 yield box, luminance(_channels(stored))
-            elif exact:
-                yield box, stored.astype(np.float32)
-            else:
-                values = stored.astype(np.float64)
-                values *= header.slope
-                values += header.intercept
-                lows.append(np.fmin.reduce(values, axis=None))
-                highs.append(np.fmax.reduce(values, axis=None))
-                with np.errstate(over="ignore", under="ignore"):
-                    yield box, values.astype(np.float32)  # infinite, if too large for it
+                continue
+            with np.errstate(all="ignore"):  # what is too large becomes infinite; some NaN "signal"
+                if exact:
+                    values = stored.astype(np.float32)
+                else:
+                    real = stored.astype(np.float64) * header.slope + header.intercept
+                    lows.append(np.fmin.reduce(real, axis=None))
+                    highs.append(np.fmax.reduce(real, axis=None))
+                    values = real.astype(np.float32)
+            yield box, values
         if lows:
-            check_precision(float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs)))
+            with np.errstate(invalid="ignore"):
+                low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
+            check_precision(low, high)
 
     def _stored(self) -> Iterator[tuple[Box, NDArray[Any]]]:
         """As the file stores them."""

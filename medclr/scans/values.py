@@ -26,7 +26,8 @@ def fill_nan(voxels: NDArray[np.float32], modality: str) -> str:
     Raises:
         ScanError: all are NaN, or some are infinite; nobody knows what those stand for.
     """
-    lowest, highest = np.fmin.reduce(voxels, axis=None), np.fmax.reduce(voxels, axis=None)
+    with np.errstate(invalid="ignore"):  # some NaN "signal"
+        lowest, highest = np.fmin.reduce(voxels, axis=None), np.fmax.reduce(voxels, axis=None)
     if np.isnan(lowest):
         raise ScanError("holds nothing but NaN")
     if np.isinf([lowest, highest]).any():
