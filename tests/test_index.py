@@ -596,7 +596,7 @@ def test_wrong_folders_are_named(ward: Ward, tmp_path: Path) -> None:
         ward.index()
     for roots, message in (
         ([tmp_path / "nowhere"], "no such folder"),
-        ([ward.root / "a.txt"], "is a file, not a folder"),
+        ([ward.root / "a.txt"], "is neither a folder, a DICOMDIR nor a zip or tar archive"),
         ([ward.root, ward.root], "lies in the other"),
         ([ward.root, tmp_path], "lies in the other"),
     ):

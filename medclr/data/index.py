@@ -34,7 +34,8 @@ from medclr.data.manifest import (
 )
 from medclr.data.places import Namer, find_places, places_path
 from medclr.data.readings import Entry, entries_of
-from medclr.data.walk import Refused, absolute_folders, refuse_nested, walk
+from medclr.data.roots import Roots, bring_all, copies_path, files_of
+from medclr.data.walk import Refused
 from medclr.errors import MedclrError, ScanError
 from medclr.scans import bids
 from medclr.scans.modality import modality_of
@@ -110,14 +111,17 @@ def index(
     plane: Plane | None = None,
     keep_paths: bool = False,
     key_file: Path | None = None,
+    copies: Path | None = None,
 ) -> IndexSummary:
-    """Find the scans in folders and write a manifest.
+    """Find the scans in folders, archives or a PACS and write a manifest.
 
     Running it again with the same ``out`` adds what is new; rows of unchanged files stay as they are. Names that begin
     with a dot are passed over.
 
     Args:
-        roots: Folders with DICOM, NIfTI, PNG, JPEG or TIFF files, told apart by content.
+        roots: Folders with DICOM, NIfTI, PNG, JPEG or TIFF files, told apart by content; zip and tar archives of them,
+            also inside folders; DICOMDIR files; and DICOMweb servers, dicomweb+https://host:port/path, with the search
+            behind a question mark, such as ?ModalitiesInStudy=CT.
         out: The manifest to write or to add to, NAME.csv; NAME.files.csv, NAME.rejected.csv and NAME.index.json stand
             beside it.
         labels: CSV with a column label, and a column file or patient_id or both (then it says whose the file is).
@@ -132,6 +136,8 @@ def index(
         keep_paths: Write paths into the tables and messages. If not, files are called by opaque ids, because a name may
             be a patient's; what they stand for is kept beside the key, and medclr whereis tells it.
         key_file: Secret key of the pseudonyms, made on first use; if not given, ~/.config/medclr/key.
+        copies: Where archives are unpacked and fetched scans are kept, for the owner alone; if not given, NAME.copies
+            beside the manifest.
 
     Raises:
         MedclrError: a folder or table is missing or wrong, no scan can be used, ``out`` was made from other input or is
@@ -139,7 +145,7 @@ def index(
     """
     out = Path(out)
     labels, masks = (None if path is None else Path(path) for path in (labels, masks))
-    folders = absolute_folders(roots if isinstance(roots, list | tuple) else [roots])  # one text is no list of letters
+    given = roots if isinstance(roots, list | tuple) else [roots]  # one text is no list of letters
     if out.suffix != ".csv":
         raise MedclrError(f"--out {out}: the name of a manifest ends in .csv")
     given_modality = modality_of(modality).name if modality else None
@@ -147,6 +153,8 @@ def index(
     fractions = parse_split(split) if split else None
     label_table = read_labels(labels) if labels else []
     mask_files, told_modality = read_masks(masks) if masks else ([], None)
+    brought = bring_all(given, Path(copies) if copies else copies_path(out))
+    folders = brought.folders
     if masks and any(Path(folder).resolve().is_relative_to(masks.resolve()) for folder in folders):
         raise MedclrError(f"--masks {masks}: holds the folder that is indexed; put the masks into one of their own")
     key_file = Path(key_file) if key_file else default_key_file()
@@ -161,10 +169,11 @@ def index(
 
     with files.alone(out.parent, f".{out.name}.lock"):
         files.finish(tables)
-        old = _earlier(out, folders, settings, key_file) if out.exists() else None
+        old = _earlier(out, brought, settings, key_file) if out.exists() else None
         ours = [*tables, key_file, places_path(key_file)]
-        found, refused = walk(folders, [*ours, labels, masks, *(mask.root / mask.path for mask in mask_files)])
-        entries, unreadable = entries_of(found, old, namer, key, policy, plane)
+        skip = [*ours, labels, masks, *(mask.root / mask.path for mask in mask_files)]
+        found, refused = files_of(brought, skip, old)
+        entries, unreadable = entries_of(found, folders, old, namer, key, policy, plane)
         refused += unreadable
 
         sources = _sources(entries)
@@ -186,7 +195,7 @@ def index(
                     raise MedclrError(f"{out}: {name} {error}; it was given when the manifest was made") from None
                 refused += [Refused(file.root, file.path, str(error)) for file in entry.files]
         if not scans:
-            raise MedclrError(_nothing(folders, refused, namer))
+            raise MedclrError(_nothing([str(root) for root in given], refused, namer))
         if labels:
             scans = _labelled(labels, label_table, scans, key, namer, allow_unmatched)
 
@@ -218,7 +227,7 @@ def index(
     return _summary(manifest, old, rejected)
 
 
-def _earlier(out: Path, folders: Sequence[str], settings: Settings, key_file: Path) -> Manifest:
+def _earlier(out: Path, roots: Roots, settings: Settings, key_file: Path) -> Manifest:
     """The manifest that is added to; MedclrError unless it was made with the same key and settings."""
     then = read_settings(out)
     if then.key != settings.key:
@@ -231,9 +240,7 @@ def _earlier(out: Path, folders: Sequence[str], settings: Settings, key_file: Pa
             " then, or choose another --out"
         )
     old = read_manifest(out, key_file)
-    for root in {place.root for row, place in old.located if row.kind == "image"} - set(folders):
-        for folder in folders:
-            refuse_nested(folder, root)
+    roots.refuse_nested({place.root for row, place in old.located if row.kind == "image"} - set(roots.folders))
     return old
 
 

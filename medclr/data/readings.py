@@ -73,6 +73,7 @@ class Entry:
 
 def entries_of(
     found: Sequence[File],
+    roots: Collection[str],
     old: Manifest | None,
     namer: Namer,
     key: Pseudonyms,
@@ -84,7 +85,7 @@ def entries_of(
     Raises:
         MedclrError: files of the old manifest are no longer there.
     """
-    cached = _cached(found, old, namer) if old else []
+    cached = _cached(found, roots, old, namer) if old else []
     known = {file for entry in cached for file in entry.files}
     readings = Readings(key, policy, plane)
     readings.read([file for file in found if file not in known])
@@ -95,10 +96,9 @@ def entries_of(
     return entries, readings.refused
 
 
-def _cached(found: Sequence[File], old: Manifest, namer: Namer) -> list[Entry]:
+def _cached(found: Sequence[File], roots: Collection[str], old: Manifest, namer: Namer) -> list[Entry]:
     """Entries of the old manifest whose files are all as they were."""
     there = {Place(file.root, file.path): file for file in found}
-    roots = {file.root for file in found}
     groups: defaultdict[str, list[tuple[FileRow, Place]]] = defaultdict(list)
     for row, place in old.located:
         if row.kind == "image" and place.root in roots:

@@ -64,25 +64,17 @@ def refuse_nested(folder: str, other: str) -> None:
         raise MedclrError(f"{folder} and {other}: one folder lies in the other; index the same one each time")
 
 
-def walk(folders: Sequence[str], skip: Iterable[Path | None]) -> tuple[list[File], list[Refused]]:
-    """All files below some folders but those to skip, in the order of their paths, and what cannot be opened.
+def files_below(folder: str, skip: Iterable[Path | None]) -> tuple[list[File], list[Refused]]:
+    """All files below a folder but those to skip, in the order of their paths, and what cannot be opened.
 
     Links are followed; names that begin with a dot are passed over. A label map is refused where its place leaves no
     doubt that it is one: taken for a scan, it would be trained on.
-
-    Raises:
-        MedclrError: there is no file at all.
     """
-    found: list[File] = []
     refused: list[Refused] = []
-    for folder in folders:
-        here = sorted(_walk(folder, _identities(skip), refused), key=lambda file: file.path)
-        label_maps = _label_maps(here)
-        refused += [Refused(folder, path, reason) for path, reason in label_maps.items()]
-        found += [file for file in here if file.path not in label_maps]
-    if not found and not refused:
-        raise MedclrError(f"{', '.join(folders)}: holds no files")
-    return found, refused
+    found = sorted(_walk(folder, _identities(skip), refused), key=lambda file: file.path)
+    label_maps = _label_maps(found)
+    refused += [Refused(folder, path, reason) for path, reason in label_maps.items()]
+    return [file for file in found if file.path not in label_maps], refused
 
 
 def _identities(paths: Iterable[Path | None]) -> set[tuple[int, int]]:

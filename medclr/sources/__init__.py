@@ -55,13 +55,18 @@ def bring(root: str | Path, copies: Path) -> Brought:
     return Brought(folder)
 
 
+def place_of(copies: Path, source: str) -> Path:
+    """Where the copies of one source lie, always the same; the name says nothing about it."""
+    return copies.absolute() / hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def place(copies: Path, source: str) -> Path:
-    """The folder of the copies of one source, always the same; its name says nothing about it.
+    """``place_of``, made if it is not there.
 
     Raises:
         MedclrError: it cannot be made.
     """
-    folder = copies.absolute() / hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    folder = place_of(copies, source)
     with files.mendable(copies):
         for made in (copies, folder):
             if not made.exists():
