@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medclr.errors import MedclrError
+from medclr.optim import lars
 from medclr.optim.lars import LARS, build_optimizer, param_groups
 
 Weights = list[list[float]]
@@ -56,9 +58,13 @@ def run(optimizer: torch.optim.Optimizer, weights: Any, gradients: Any, lrs: lis
         optimizer.step()
 
 
+@pytest.mark.parametrize("bucket", [1, 6, 2**19])
 @pytest.mark.parametrize("adapt", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 1e-4, 0.3])
-def test_equals_the_reference_over_100_steps(adapt: bool, decay: float) -> None:
+def test_equals_the_reference_over_100_steps(
+    adapt: bool, decay: float, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lars, "BUCKET", bucket)
     weights, gradients, lrs = problem()
     start = [w.tolist() for w in weights]
     group = {"params": weights, "weight_decay": decay, "adapt": adapt}
@@ -76,6 +82,54 @@ def test_without_adaptation_and_at_constant_rate_it_is_sgd() -> None:
     run(torch.optim.SGD(theirs, lr=0.0, momentum=0.9, weight_decay=0.01), theirs, gradients, lrs)
     for w, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(w, e)
+
+
+def test_equals_pytorch_optimizer_where_the_definitions_agree() -> None:
+    """A constant rate, because its rate is outside the momentum; no decay, because it adds the norms of both parts."""
+    from pytorch_optimizer import LARS as Theirs
+
+    def matrices_and_vectors() -> tuple[list[nn.Parameter], list[list[Tensor]]]:
+        flat, gradients, _ = problem()
+        weights = [nn.Parameter(w.detach().view(8, 8) if len(w) == 64 else w.detach()) for w in flat]
+        return weights, [[g.view_as(w) for g, w in zip(step, weights, strict=True)] for step in gradients]
+
+    ours, gradients = matrices_and_vectors()
+    theirs, _ = matrices_and_vectors()
+    lrs = [0.5] * len(gradients)
+    groups = [{"params": [w for w in ours if (w.ndim > 1) == adapt], "adapt": adapt} for adapt in (True, False)]
+    run(LARS(groups, lr=0.0), ours, gradients, lrs)
+    run(Theirs(theirs, lr=0.5, momentum=0.9), theirs, gradients, lrs)
+    for w, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(w, e, rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_may_mix_kinds_of_numbers() -> None:
+    weights, gradients, lrs = problem()
+    singles = [nn.Parameter(w.detach().float()) for w in weights]
+    mixed = [x for pair in zip(weights, singles, strict=True) for x in pair]
+    run(LARS(mixed, lr=0.0), mixed, [[x for g in step for x in (g, g.float())] for step in gradients], lrs)
+    for w, e in zip(singles, weights, strict=True):
+        torch.testing.assert_close(w.double(), e.double(), rtol=1e-4, atol=1e-5)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to bring a number from the device to Python, which is where a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_device() -> None:
+    weights, gradients, _ = problem(8)
+    optimizer = LARS([{"params": weights, "weight_decay": 0.1}], lr=0.1)
+    for w, g in zip(weights, gradients[0], strict=True):
+        w.grad = g
+    with NoWaiting():
+        optimizer.step()
+        with pytest.raises(AssertionError):
+            weights[0].sum().item()
+    assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients[0], strict=True))  # type: ignore[arg-type]
 
 
 def test_step_length_does_not_depend_on_the_gradients_scale() -> None:

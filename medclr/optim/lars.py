@@ -1,6 +1,6 @@
 """LARS (You et al., arXiv 1708.03888) as SimCLR's reference code applies it, and its parameter groups."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -13,6 +13,9 @@ OptimizerName = Literal["lars", "adamw", "sgd"]
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 """Modules whose parameters are scales and shifts of a normalisation; _NormBase is every batch and instance norm."""
+
+BUCKET = 2**19
+"""Numbers of a run of tensors on the CPU: with gradient, momentum and decayed gradient 8 MB in float32."""
 
 
 def param_groups(module: nn.Module, weight_decay: float, exclude: Iterable[nn.Module] = ()) -> list[dict[str, Any]]:
@@ -79,21 +82,45 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                if not self.state[w]:
-                    self.state[w]["momentum"] = torch.zeros_like(w)
-                v = self.state[w]["momentum"]
-                g = w.grad.add(w, alpha=group["weight_decay"]) if group["weight_decay"] else w.grad
-                trust = torch.ones((), dtype=w.dtype, device=w.device)
-                if group["adapt"]:
-                    w_norm, g_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
-                    adapted = group["trust_coefficient"] * w_norm / g_norm
-                    trust = torch.where((w_norm > 0) & (g_norm > 0), adapted, trust)  # a tensor: no wait for the device
-                v.mul_(group["momentum"]).addcmul_(g, trust, value=group["lr"])
-                w.sub_(v)
+            for weights in _buckets(w for w in group["params"] if w.grad is not None):
+                self._update(weights, group)
         return loss
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        for w in weights:
+            if not self.state[w]:
+                self.state[w]["momentum"] = torch.zeros_like(w)
+        buffers = [self.state[w]["momentum"] for w in weights]
+        gradients = [w.grad for w in weights if w.grad is not None]
+        if group["weight_decay"]:
+            gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+        torch._foreach_mul_(buffers, group["momentum"])
+        if group["adapt"]:
+            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, gradients))  # [number of tensors]
+            adapted = group["trust_coefficient"] * w_norm / g_norm
+            trust = torch.where((w_norm > 0) & (g_norm > 0), adapted, 1)  # never a number of ours: no wait for a device
+            torch._foreach_addcmul_(buffers, gradients, (trust * group["lr"]).unbind())
+        else:
+            torch._foreach_add_(buffers, gradients, alpha=group["lr"])
+        torch._foreach_sub_(weights, buffers)
+
+
+def _buckets(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one device and kind for one pass of multi-tensor operations each.
+
+    A GPU takes as many as there are; on a CPU a run should stay in the cache from its first operation to its last.
+    """
+    bucket: list[Tensor] = []
+    size = 0
+    for w in weights:
+        full = w.device.type == "cpu" and size + w.numel() > BUCKET
+        if bucket and (full or (w.device, w.dtype) != (bucket[0].device, bucket[0].dtype)):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(w)
+        size += w.numel()
+    if bucket:
+        yield bucket
 
 
 def build_optimizer(
