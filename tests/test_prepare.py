@@ -1,16 +1,8 @@
 """From scans to the slice store: exact values, true geometry, the same bytes however it was interrupted."""
 
 import csv
-import errno
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -29,7 +21,6 @@ from medclr.data.manifest import SourceFiles, read_manifest
 from medclr.data.prepare import plan, prepare
 from medclr.data.store import Store, to_source_grid, verify
 from medclr.errors import MedclrError, ScanError
-from medclr.files import alone
 from medclr.scans.scan import Scan
 
 
@@ -418,34 +409,6 @@ def test_a_file_that_vanishes_meanwhile_is_no_reject(tmp_path):
         sharding.decode(row, SourceFiles([tmp_path / "lost.nii"], None))
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    manifest = mixed_cohort(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
-        with pytest.raises(MedclrError, match=r"the store needs 0 MB more and the disk has 0 MB; make room"):
-            prepare(manifest, tmp_path / "store", size_px=16)
-
-    def full(file_number: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("medclr.files.os.fsync", full)
-        with pytest.raises(MedclrError, match="the disk is full; free some space and run the same command again"):
-            prepare(manifest, tmp_path / "full", size_px=16)
-    assert prepare(manifest, tmp_path / "store", size_px=16).n_scans == 10
-
-
-def test_two_at_once_are_refused(tmp_path):
-    manifest, out = mixed_cohort(tmp_path), tmp_path / "store"
-    with alone(out):
-        with pytest.raises(MedclrError, match="another medclr is writing there"):
-            prepare(manifest, out, size_px=8)
-        assert [path.name for path in out.iterdir()] == [".lock.tmp"]
-    prepare(manifest, out, size_px=8)
-    verify(out)
-    assert not list(out.glob(".*"))
-
-
 def test_a_bug_of_ours_names_the_file(tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oops")
@@ -483,83 +446,3 @@ def test_a_real_ct_series_keeps_its_hounsfield_units(tmp_path):
     hu = [slice_.pixel_array * slice_.RescaleSlope + slice_.RescaleIntercept for slice_ in slices]
     store = Store(tmp_path / "store")
     np.testing.assert_array_equal(store.physical(store.indices()), np.array(hu, dtype=np.float32))
-
-
-# Processes: these need a real command, as workers are new interpreters
-
-SCRIPT = """
-import os, signal, sys, time
-from pathlib import Path
-import medclr.data.prepare as preparing
-import medclr.data.shard as sharding
-from medclr.errors import MedclrError
-
-decode = sharding.decode
-def tampered(row, source):
-    if row.path == "xr3.png":
-        {action}
-    return decode(row, source)
-sharding.decode = tampered  # in the workers too: they run this file when they start
-preparing.SHARDS, preparing.SHARD_SLICES = 1000, 1
-
-if __name__ == "__main__":
-    try:
-        preparing.prepare(Path(sys.argv[1]), Path(sys.argv[2]), size_px=32, workers=2)
-    except (MedclrError, KeyboardInterrupt) as error:
-        sys.exit(f"{{type(error).__name__}}: {{error}}")
-"""
-
-
-def start(tmp_path: Path, action: str, manifest: Path, out: Path) -> subprocess.Popen[str]:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(action=action))
-    command = [sys.executable, str(script), str(manifest), str(out)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def test_a_killed_worker_is_one_sentence(tmp_path):
-    manifest = mixed_cohort(tmp_path)
-    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", manifest, tmp_path / "store")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert said.strip().startswith("MedclrError: a worker process was killed, most likely because memory ran out")
-    wait_for(lambda: group_is_gone(process.pid))
-
-
-@pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])
-@pytest.mark.usefixtures("small_shards")
-def test_interrupted_workers_leave_and_the_next_run_goes_on(tmp_path, how):
-    manifest = mixed_cohort(tmp_path)
-    prepare(manifest, tmp_path / "plain", size_px=32)
-    out = tmp_path / "store"
-    waiting = tmp_path / "waiting"
-    process = start(tmp_path, f"Path({str(waiting)!r}).touch(); time.sleep(1)", manifest, out)
-    wait_for(waiting.exists)
-    if how == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
-    else:
-        process.kill()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if how == "kill -9" else 1)
-    if how != "kill -9":
-        assert said.strip() == "KeyboardInterrupt:"
-        assert not list(out.glob(".*"))
-    wait_for(lambda: group_is_gone(process.pid))
-    assert len((out / "unfinished.jsonl").read_text().splitlines()) > 1, "some shards are done"
-    prepare(manifest, out, size_px=32)
-    assert contents(out) == contents(tmp_path / "plain")

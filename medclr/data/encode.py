@@ -97,7 +97,7 @@ def blank_slices(scan: Scan, encoding: Encoding) -> NDArray[np.bool_]:
     row, width = scan.voxels.shape[1] // 2 // block * block, scan.voxels.shape[2] // block * block
     middle = scan.voxels[:, row : row + block, :width]  # [D,b,W']: a band of whole blocks, mostly enough to tell
     averages = middle.mean(1).reshape(len(middle), -1, block).mean(2)  # [D,W'/b]
-    blank = np.ptp(averages, axis=1) < limit  # [D]
+    blank: NDArray[np.bool_] = np.ptp(averages, axis=1) < limit  # [D]
     for d in np.flatnonzero(blank):
         blank[d] = np.ptp(np.asarray(Image.fromarray(scan.voxels[d]).reduce(block))) < limit
     return blank

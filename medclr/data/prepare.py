@@ -115,13 +115,15 @@ def prepare(
         return _summary(out, info, was_complete=True)
 
     shards = plan(table, size_px)
-    parts = _resume(out, claim)
-    missing = [shard for shard in shards if shard.number not in parts]
-    _check_sources(table, missing)
-    _check_space(out, missing, size_px)
     n_slices = [shard.n_slices for shard in shards]
-    done = sum(n_slices[number] for number in parts)
     with files.alone(out):
+        if (info := _finished(out, claim)) is not None:  # by another, before this one had the folder to itself
+            return _summary(out, info, was_complete=True)
+        parts = _resume(out, claim)
+        missing = [shard for shard in shards if shard.number not in parts]
+        _check_sources(table, missing)
+        _check_space(out, missing, size_px)
+        done = sum(n_slices[number] for number in parts)
         files.write_text(out / UNFINISHED, "\n".join([json.dumps(claim), *map(_part_line, parts.values()), ""]))
         with (
             files.mendable(out / UNFINISHED),
