@@ -1,6 +1,8 @@
 """SimCLR as a method, and what every method must keep to."""
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from medclr import methods
+from medclr.data.loader import load_batch
+from medclr.data.store import Store
 from medclr.errors import MedclrError
 from medclr.losses.nt_xent import nt_xent
 from medclr.methods.simclr import Config, Method
@@ -132,3 +136,13 @@ def test_impossible_settings_are_named() -> None:
     ):
         with pytest.raises(MedclrError, match=named):
             Config(**wrong)
+
+
+def test_a_batch_of_a_store_brings_its_ids(image_store: Path) -> None:
+    """Each patient of the store has two images; with all embeddings equal the loss counts what is compared."""
+    store = Store(image_store)
+    batch = load_batch(store, store.indices())
+    same = torch.ones(len(batch), 4)
+    for rule, compared in (({}, 95), ({"negatives": "other_patients"}, 93), ({"positives": "same_patient"}, 95)):
+        loss, _ = Method(Config(**rule), TinyEncoder()).contrast(same, same, batch)  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(math.log(compared), abs=1e-5)
