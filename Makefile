@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow zoo fuzz lint clean
+.PHONY: demo test test-slow test-pacs install-orthanc zoo fuzz lint clean
 
 demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four minutes, pictures in demo/
 	rm -rf demo
@@ -15,6 +15,18 @@ test: $(STAMP) lint  ## lint, types and the quick tests
 
 test-slow: $(STAMP)  ## tests that take minutes
 	$(BIN)/pytest -m slow
+
+ORTHANC := /usr/share/orthanc/plugins/libOrthancDicomWeb.so
+AS_ROOT := $(shell test "$$(id -u)" = 0 || echo sudo)
+test-pacs: $(STAMP)  ## against a real PACS, Orthanc on loopback; installs it with apt-get if it is not there
+	test -e $(ORTHANC) || $(MAKE) --no-print-directory install-orthanc
+	$(BIN)/pytest -m pacs
+
+install-orthanc:  # without its service: the tests start a server of their own
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+		apt-get install --yes --no-install-recommends orthanc orthanc-dicomweb \
+		|| { echo "Orthanc cannot be installed: it needs Debian or Ubuntu, root and their package archive" >&2; exit 1; }
+	-$(AS_ROOT) systemctl disable --now orthanc || $(AS_ROOT) service orthanc stop
 
 zoo: $(STAMP)  ## odd files laid beside independent readers, into docs/zoo.md; wants Debian's dcm2niix
 	$(BIN)/python -m tests.zoo
