@@ -18,10 +18,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from dicom_files import CT
+from dicom_files import write as write_dicom
 from PIL import Image
 from test_augment_views import a_batch
-from test_dicom import CT
-from test_dicom import write as write_dicom
 
 import medclr
 from medclr import checkpoint, methods, scans

@@ -26,6 +26,7 @@ from medclr.data.manifest import (
 )
 from medclr.data.places import find_places
 from medclr.errors import MedclrError
+from medclr.scans.policy import Policy
 from medclr.scans.privacy import Pseudonyms, load_key
 from tests.conftest import shared_data
 
@@ -207,17 +208,30 @@ def test_new_slices_join_their_series(ward: Ward) -> None:
 
 
 def test_a_missing_slice_may_arrive_later(ward: Ward) -> None:
+    whole = Policy(missing="refuse")
     write_series(ward.root / "b", patient="HOSP-4712")
     slices = write_series(ward.root / "a", slices=range(5))
     late = slices[2].read_bytes()
     slices[2].unlink()
-    ward.index()
+    ward.index(policy=whole)
     assert ward.column("n_slices") == {"b": 4}
     assert len(ward.reasons()) == 4
     slices[2].write_bytes(late)
-    ward.index()
+    ward.index(policy=whole)
     assert ward.column("n_slices") == {"a": 5, "b": 4}
     assert ward.reasons() == {}
+
+
+def test_a_stack_that_was_split_is_whole_again_when_its_slice_arrives(ward: Ward) -> None:
+    slices = write_series(ward.root / "a", slices=range(5))
+    late = slices[2].read_bytes()
+    slices[2].unlink()
+    ward.index()
+    assert [row.n_slices for row in ward.manifest.rows] == [2, 2]
+    assert {row.irregular for row in ward.manifest.rows} == {"split from a stack in which 1 of 5 slices is missing"}
+    slices[2].write_bytes(late)
+    ward.index()
+    assert [(row.n_slices, row.irregular) for row in ward.manifest.rows] == [(5, "")]
 
 
 def test_a_changed_file_is_read_again(ward: Ward) -> None:

@@ -1,105 +1,59 @@
 """A DICOM file -> Header: is it an image, whose is it, and where do its slices lie?
 
-Read without the pixels and, for speed, without pydicom's conversions: values come straight from their bytes.
+Read without the pixels and, for speed, without pydicom's conversions. What is no scan is refused with the reason.
 """
 
-import math
-import re
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-import numpy as np
-from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_partial
 from pydicom.tag import Tag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, SecondaryCaptureImageStorage, SegmentationStorage
+from pydicom.uid import UID, SecondaryCaptureImageStorage, SegmentationStorage
 
 from medclr.errors import ScanError
+from medclr.scans import dicom_frames
+from medclr.scans.dicom_body_part import body_part
+from medclr.scans.dicom_frames import Slice
+from medclr.scans.dicom_syntax import bounded, check_held, inflated
+from medclr.scans.dicom_values import functional, integer, numbers, raw, text
 from medclr.scans.modality import MODALITIES
 
-Vector = tuple[float, float, float]
-
 _MODALITY_OF = {code: row.name for row in MODALITIES.values() for code in row.dicom}
+
+# Defined terms of Modality (PS3.3 C.7.3.1.1.1) that are no scan. Any other word could be free text and is not repeated.
+_OTHER_CODES = {
+    "ANN", "AR", "ASMT", "AU", "BDUS", "BI", "DOC", "ECG", "EEG", "EPS", "FID", "HC", "HD", "IOL", "KER", "KO", "M3D",
+    "OAM", "OCT", "OPT", "OPV", "PLAN", "PR", "REG", "RESP", "RTDOSE", "RTIMAGE", "RTPLAN", "RTRECORD", "RTSEGANN",
+    "RTSTRUCT", "RWV", "SMR", "SR", "SRF", "STAIN", "TEXTUREMAP", "TG", "VA",
+}  # fmt: skip
 
 # One exposure or one sweep a file: never stacked into a volume, whatever positions they record.
 _PROJECTIONS = {"XR", "US"}
 
-# Without a place in space the slices of these cannot be put in order.
+# Values are measured in space: without a place the slices cannot be put in order, and a picture of them is no scan.
 _VOLUMES = {"CT", "MR", "PT"}
 
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _SURFACE_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.5"
-_CSA_IMAGE_HEADER = 0x00291010
+_SCREENS = {"SCREEN SAVE", "SCREENSAVE", "SCREENSHOT", "DOSE_INFO", "CT_SOM5 PROT"}  # values of ImageType
 
-# What tells volumes apart whose slices share positions, the most telling first. The values are compared, never
-# interpreted, so they stay as raw bytes and private elements need no dictionary.
-TELLING = (
-    "EchoTime",
-    "InversionTime",
-    "DiffusionBValue",
-    0x0019100C,  # Siemens b-value
-    0x00431039,  # GE b-value
-    0x20011003,  # Philips b-value
-    "DiffusionGradientOrientation",
-    0x0019100E,  # Siemens gradient direction
-    "TemporalPositionIdentifier",
-    "TriggerTime",
-    "FrameReferenceTime",
-    "ConvolutionKernel",
-    "ReconstructionDiameter",
-    "AcquisitionNumber",
-    "AcquisitionTime",
-    "SeriesTime",
-)
-_KEYWORDS = (
-    "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "BodyPartExamined", "SliceThickness",
-    "SpacingBetweenSlices", "EchoNumbers", "StudyInstanceUID", "SeriesInstanceUID", "ImagePositionPatient",
-    "ImageOrientationPatient", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns",
-    "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "BitsAllocated", "RescaleSlope",
-    "RescaleIntercept", "RescaleType", "TotalPixelMatrixRows", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-)  # fmt: skip
-
-
-_TAGS = {name: Tag(name) for name in (*_KEYWORDS, *TELLING, _CSA_IMAGE_HEADER)}
-
-# Defined terms of Body Part Examined (PS3.16 annex L), spaces and punctuation taken out. Whatever is not among them
-# could be free text that names somebody, and is dropped.
-_BODY_PART_WORDS = """
-abdomen adrenal ankle aorta arm axilla back bladder brain breast bronchus buttock calcaneus calf carotid cerebellum
-cervix cheek chest clavicle coccyx colon cornea duodenum ear elbow esophagus extremity eye eyelid face femur finger
-foot gallbladder hand head heart hip humerus ileum ilium jaw jejunum kidney knee larynx leg liver lung mandible maxilla
-mediastinum mouth neck nose orbit ovary pancreas parotid patella pelvis penis pharynx prostate rectum rib scalp scapula
-sclera scrotum shoulder skull spine spleen sternum stomach submandibular testis thigh thumb thymus thyroid toe tongue
-trachea ureter urethra uterus vagina vulva wrist zygoma
-"""
-_BODY_PARTS = {word.upper(): word for word in _BODY_PART_WORDS.split()} | {
-    "ABDOMENPELVIS": "abdomen and pelvis",
-    "CHESTABDOMEN": "chest and abdomen",
-    "CHESTABDPELVIS": "chest abdomen and pelvis",
-    "CIRCLEOFWILLIS": "circle of willis",
-    "CORONARYARTERY": "coronary artery",
-    "CSPINE": "cervical spine",
-    "CTSPINE": "cervicothoracic spine",
-    "HEADNECK": "head and neck",
-    "IAC": "internal auditory canal",
-    "LSPINE": "lumbar spine",
-    "LSSPINE": "lumbosacral spine",
-    "NECKCHEST": "neck and chest",
-    "NECKCHESTABDOMEN": "neck chest and abdomen",
-    "NECKCHESTABDPELV": "neck chest abdomen and pelvis",
-    "SSPINE": "sacral spine",
-    "THORAX": "chest",
-    "TLSPINE": "thoracolumbar spine",
-    "TMJ": "temporomandibular joint",
-    "TSPINE": "thoracic spine",
-    "WHOLEBODY": "whole body",
-}
+_ELEMENTS = [
+    Tag(name)
+    for name in (
+        *dicom_frames.ELEMENTS, "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID",
+        "BodyPartExamined", "StudyInstanceUID", "SeriesInstanceUID", "SamplesPerPixel", "PhotometricInterpretation",
+        "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "BurnedInAnnotation", "RescaleSlope",
+        "RescaleIntercept", "RescaleType", "TotalPixelMatrixRows", "InConcatenationNumber",
+        "InConcatenationTotalNumber",
+    )
+]  # fmt: skip
+_PIXELS = {0x7FE00008, 0x7FE00009, 0x7FE00010}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +63,15 @@ class Header:
     path: Path
     modality: str | None
     patient: str
-    """PatientID; where empty, the study, so that two unnamed patients are not taken for one; '' if neither."""
+    """PatientID; where empty the study, else the series, else the instance, so that two unnamed patients are not taken
+    for one; '' if there is none of them."""
+    named: bool
+    """Whether ``patient`` is a PatientID."""
     study: str
     series: str
     instance: str
     """SOPInstanceUID."""
-    image_type: str
     body_part: str
-    echo: str
-    telling: tuple[bytes, ...]
-    """Raw values of what tells volumes at the same positions apart, in the order of ``TELLING``."""
     frames: int
     """Slices in the file: NumberOfFrames, or the tiles of a Siemens mosaic."""
     rows: int
@@ -127,14 +80,16 @@ class Header:
     samples: int
     tiles: int
     """Slices a side of a Siemens mosaic; 0: not a mosaic."""
-    orientation: tuple[float, ...]
-    """ImageOrientationPatient (six direction cosines), or ()."""
-    positions: tuple[Vector, ...]
-    """ImagePositionPatient of every frame, LPS mm, or ()."""
-    pixel_spacing_mm: tuple[float, float] | None
-    """Between rows, between columns."""
-    thickness_mm: float
-    """Extent of a single slice along its normal; 1 if unknown."""
+    slices: tuple[Slice, ...]
+    """Each frame in space; () if the file does not put them there."""
+    volumes: tuple[Sequence[int], ...]
+    """Frames not in space: those of each volume, in order."""
+    spacing_mm: tuple[float, float, float]
+    """Of frames not in space, along (d,h,w); 1 where unknown."""
+    burned_in: bool
+    """Burned In Annotation (0028,0301) is YES."""
+    irregular: str
+    """In what the file is not plain; '' if it is."""
 
 
 def read_header(path: Path, data: bytes | BinaryIO | None = None) -> Header:
@@ -160,227 +115,157 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
     try:
         with warnings.catch_warnings():  # pydicom warns of deviations that do not matter here
             warnings.simplefilter("ignore")
-            dataset = dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_TAGS.values()))
-            header = header_of(path, dataset)
-            _check_length(dataset, header, file)
+            plain = bounded(inflated(file))
+            dataset = read_partial(plain, lambda tag, vr, length: tag in _PIXELS, force=True, specific_tags=_ELEMENTS)
+            _refuse_what_is_no_image(dataset)
+            start = plain.tell() + (8 if dataset.original_encoding[0] else 12)  # tag, VR and length
+            held = plain.seek(0, 2) - start
+            if held < 0:
+                raise ScanError("holds no pixel data")
+            check_held(dataset, held)
+            return _header(path, dataset)
     except (ScanError, OSError):
         raise
     except Exception as error:  # whatever pydicom makes of broken bytes
         raise ScanError(f"cannot be read as DICOM ({type(error).__name__})") from error
-    return header
 
 
-def header_of(path: Path, dataset: Dataset) -> Header:
-    """The Header of a dataset that pydicom has read and nobody has touched; raises as ``read_header``."""
-    kind = UID(_text(dataset, "SOPClassUID"))
-    code = _text(dataset, "Modality").upper()
+def read_whole(path: Path) -> tuple[Dataset, Header]:
+    """A file with its pixels, as they are stored, and its header; raises as ``read_header``."""
+    try:
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")
+            # What follows the pixels is of no use.
+            dataset = read_partial(bounded(inflated(file)), lambda tag, vr, length: tag > max(_PIXELS), force=True)
+            _refuse_what_is_no_image(dataset)
+            held = [raw(dataset, tag) for tag in sorted(_PIXELS) if tag in dataset]
+            if not held:
+                raise ScanError("holds no pixel data")
+            check_held(dataset, len(held[0]))
+            return dataset, _header(path, dataset)
+    except ScanError:
+        raise
+    except OSError as error:
+        raise ScanError(f"cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        read_header(path)  # has the better reason, unless the break lies in or behind the pixels
+        raise ScanError("is cut short or broken after its header") from error
+
+
+def _refuse_what_is_no_image(dataset: Dataset) -> None:
+    kind = UID(text(dataset, "SOPClassUID"))
+    code = text(dataset, "Modality").upper()
     if dataset.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
         raise ScanError("is a DICOMDIR, a list of other files")
     if code == "SEG" or kind in (SegmentationStorage, _SURFACE_SEGMENTATION):
         raise ScanError("is a segmentation object, not a scan")
-    rows, columns = _integer(dataset, "Rows"), _integer(dataset, "Columns")
-    if not rows or not columns or not _integer(dataset, "BitsAllocated"):
+    if not (integer(dataset, "Rows") and integer(dataset, "Columns") and integer(dataset, "BitsAllocated")):
         named = f"a {kind.name}" if kind.name != kind else "of an unknown kind"
         raise ScanError(f"holds no image (it is {named}; Rows, Columns or Bits Allocated are absent)")
     if code and code not in _MODALITY_OF:
-        code = re.sub("[^A-Z0-9]", "?", code)[:16]
-        raise ScanError(f"has Modality {code}, which is none of {', '.join(_MODALITY_OF)}")
+        shown = f"has Modality {code}, which" if code in _OTHER_CODES else "has a Modality that"
+        raise ScanError(f"{shown} is none of {', '.join(_MODALITY_OF)}")
+    if not text(dataset, "PhotometricInterpretation"):
+        raise ScanError("records no Photometric Interpretation")
+    if text(dataset, "BitsStored") and not 0 < integer(dataset, "BitsStored") <= integer(dataset, "BitsAllocated"):
+        raise ScanError(f"stores {integer(dataset, 'BitsStored')} bits in {integer(dataset, 'BitsAllocated')}")
 
-    modality = _MODALITY_OF.get(code)
-    image_type = "\\".join(part.strip() for part in _text(dataset, "ImageType").upper().split("\\"))
-    frames = max(_integer(dataset, "NumberOfFrames"), 1)
-    if _integer(dataset, "TotalPixelMatrixRows") and frames > 1:
+
+def _header(path: Path, dataset: Dataset) -> Header:
+    modality = _MODALITY_OF.get(text(dataset, "Modality").upper())
+    image_type = "\\".join(part.strip() for part in text(dataset, "ImageType").upper().split("\\"))
+    frames = max(integer(dataset, "NumberOfFrames"), 1)
+    rows, columns = integer(dataset, "Rows"), integer(dataset, "Columns")
+    samples = integer(dataset, "SamplesPerPixel") or 1
+    if integer(dataset, "TotalPixelMatrixRows") and frames > 1:
         raise ScanError("is a tiled whole-slide image; its frames are tiles, not slices")
-    if modality == "CT" and "LOCALIZER" in image_type:
-        raise ScanError("is a CT localizer, a projection and not a slice")
+    if modality in _VOLUMES:
+        _refuse_pictures(dataset, modality, image_type, samples)
 
-    tiles = 0
-    groups = dataset.get("PerFrameFunctionalGroupsSequence")
-    if groups:
-        orientation, positions, spacing, thickness = _enhanced(dataset, groups, frames)
-    else:
-        orientation = _numbers(dataset, "ImageOrientationPatient", 6)
-        positions = (cast(Vector, at),) if (at := _numbers(dataset, "ImagePositionPatient", 3)) and frames == 1 else ()
-        spacing = _pixel_spacing(dataset)
-        thickness = (_numbers(dataset, "SliceThickness", 1) or (0.0,))[0]
-        if "MOSAIC" in image_type.split("\\") and spacing:
-            frames, tiles, positions = _mosaic(dataset, rows, columns, orientation, positions, spacing)
-            rows, columns = rows // tiles, columns // tiles
-    if not orientation or not positions or (modality in _PROJECTIONS and frames == 1):
-        orientation, positions = (), ()
-
-    samples = _integer(dataset, "SamplesPerPixel") or 1
-    if modality in _VOLUMES and (samples > 1 or (not positions and kind.startswith(SecondaryCaptureImageStorage))):
-        modality = "OT"  # a rendering, a screenshot or a report page: not the scanner's values
-    if modality in _VOLUMES and not positions:
+    tiles, slices = dicom_frames.mosaic(dataset, image_type, rows, columns)
+    if tiles:
+        frames, rows, columns = len(slices), rows // tiles, columns // tiles
+    elif modality not in _PROJECTIONS or frames > 1:
+        slices = dicom_frames.slices_of(dataset, image_type, frames)
+    if slices and all("LOCALIZER" in slice_.kind for slice_ in slices) and modality in _VOLUMES:
+        raise ScanError(f"is a localizer, made to plan the {modality} scan")
+    if modality in _VOLUMES and not slices:
         raise ScanError("records no Image Position and Orientation (Patient), so its slices cannot be put in space")
-    if positions and not spacing:
-        raise ScanError("records no usable Pixel Spacing")
     if modality == "CT":
-        _check_hounsfield(dataset)
+        _check_hounsfield(dataset, frames if len(slices) > 1 and not tiles else 1)
 
-    study = _text(dataset, "StudyInstanceUID")
-    patient = _patient(dataset)
+    irregular = [_concatenation(dataset)]
+    volumes: tuple[Sequence[int], ...] = ()
+    spacing = 1.0, 1.0, 1.0
+    if not slices:
+        between = dicom_frames.region_spacing(dataset) if modality == "US" else None
+        spacing = (1.0, *(between or dicom_frames.pixel_spacing(dataset) or (1.0, 1.0)))
+        nuclear = dicom_frames.nuclear(dataset, frames) if modality == "NM" else None
+        if nuclear:
+            volumes, spacing = nuclear[0], (nuclear[1], *spacing[1:])
+        else:
+            volumes = (range(frames),)
+            irregular.append(f"{frames} frames in the order of the file, not a volume" if frames > 1 else "")
+
+    study, series, instance = (text(dataset, f"{word}InstanceUID") for word in ("Study", "Series", "SOP"))
     return Header(
         path=path,
         modality=modality,
-        patient=sys.intern(patient or (f"study {study}" if study else "")),
+        patient=sys.intern(_patient(dataset) or _stranger(study, series, instance)),
+        named=bool(_patient(dataset)),
         study=sys.intern(study),
-        series=sys.intern(_text(dataset, "SeriesInstanceUID")),
-        instance=_text(dataset, "SOPInstanceUID"),
-        image_type=sys.intern(image_type),
-        body_part=_BODY_PARTS.get(re.sub("[^A-Z]", "", _text(dataset, "BodyPartExamined").upper()), ""),
-        echo=_text(dataset, "EchoNumbers"),
-        telling=tuple(_raw(dataset, name).strip() for name in TELLING),
+        series=sys.intern(series),
+        instance=instance,
+        body_part=body_part(text(dataset, "BodyPartExamined")),
         frames=frames,
         rows=rows,
         columns=columns,
         samples=samples,
         tiles=tiles,
-        orientation=orientation,
-        positions=positions,
-        pixel_spacing_mm=spacing,
-        thickness_mm=thickness if thickness > 0 else 1.0,
+        slices=slices,
+        volumes=volumes,
+        spacing_mm=spacing,
+        burned_in=text(dataset, "BurnedInAnnotation").upper() == "YES",
+        irregular="; ".join(filter(None, irregular)),
     )
 
 
-def _raw(dataset: Dataset, name: str | int) -> bytes:
-    element = dataset.get_item(_TAGS[name], keep_deferred=True)
-    value = None if element is None else element.value
-    if value is None or isinstance(value, bytes):
-        return value or b""
-    return str(value).encode()
-
-
-def _text(dataset: Dataset, name: str) -> str:
-    return _raw(dataset, name).decode("latin-1").strip(" \0\t\r\n")
-
-
 def _patient(dataset: Dataset) -> str:
-    text = _text(dataset, "PatientID")
-    if text.isascii() and "\x1b" not in text:
-        return text
+    name = text(dataset, "PatientID")
+    if name.isascii() and "\x1b" not in name:
+        return name
     return str(dataset.PatientID).strip()  # the slow road knows the character set, and its escapes
 
 
-def _integer(dataset: Dataset, name: str) -> int:
-    """An integer of VR US, UL or IS; 0 if absent."""
-    raw = _raw(dataset, name)
-    if name != "NumberOfFrames" and len(raw) in (2, 4):
-        return int.from_bytes(raw, "little" if dataset.get_item(_TAGS[name]).is_little_endian else "big")
-    try:
-        return int(raw.strip(b" \0") or 0)
-    except ValueError:
-        raise ScanError(f"has a {name} that is no number") from None
+def _stranger(study: str, series: str, instance: str) -> str:
+    known = {"study": study, "series": series, "instance": instance}
+    return next((f"{word} {uid}" for word, uid in known.items() if uid), "")
 
 
-def _numbers(dataset: Dataset, name: str, count: int) -> tuple[float, ...]:
-    """``count`` finite decimal strings, or () where the element is absent or holds another number of them."""
-    text = _text(dataset, name)
-    if not text:
-        return ()
-    try:
-        values = tuple(float(part) for part in text.split("\\"))
-    except ValueError:
-        raise ScanError(f"has a {name} that is no number") from None
-    return values if len(values) == count and all(map(math.isfinite, values)) else ()
+def _concatenation(dataset: Dataset) -> str:
+    """A multi-frame image may be spread over several files (PS3.3 C.7.6.16.2.2.4)."""
+    part, whole = (integer(dataset, f"InConcatenation{word}Number") for word in ("", "Total"))
+    return f"part {part} of a concatenation{f' of {whole}' if whole else ''}" if part else ""
 
 
-def _pixel_spacing(dataset: Dataset) -> tuple[float, float] | None:
-    for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        spacing = _numbers(dataset, name, 2)
-        if spacing and min(spacing) > 0:
-            return cast(tuple[float, float], spacing)
-    return None
+def _refuse_pictures(dataset: Dataset, modality: str, image_type: str, samples: int) -> None:
+    """Pictures of a scan that are filed among its slices: their grey levels are not the scanner's values."""
+    kinds = set(image_type.split("\\"))
+    is_capture = text(dataset, "SOPClassUID").startswith(SecondaryCaptureImageStorage)
+    if "LOCALIZER" in kinds:
+        also = ", a projection and not a slice" if modality == "CT" else ""
+        raise ScanError(f"is a localizer, made to plan the {modality} scan{also}")
+    if kinds & _SCREENS or (is_capture and not numbers(dataset, "ImagePositionPatient", 3)):
+        raise ScanError(f"is a secondary capture filed under {modality}: a picture of a screen or page, not a slice")
+    if samples > 1 or text(dataset, "PhotometricInterpretation") == "PALETTE COLOR":
+        raise ScanError(f"is in colour and filed under {modality}: a rendering, not the scanner's values")
 
 
-def functional(dataset: Dataset, frame: int, sequence: str) -> Dataset:
-    """The item of a functional group macro (PS3.3 C.7.6.16) that holds for ``frame``; empty if there is none."""
-    for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        items = dataset.get(groups) or []
-        if index < len(items) and items[index].get(sequence):
-            return items[index][sequence].value[0]
-    return Dataset()
-
-
-def _enhanced(
-    dataset: Dataset, groups: Sequence[Dataset], frames: int
-) -> tuple[tuple[float, ...], tuple[Vector, ...], tuple[float, float] | None, float]:
-    """Orientation, positions, pixel spacing and slice thickness of a multi-frame image with functional groups."""
-    if len(groups) != frames:
-        raise ScanError(f"describes {len(groups)} frames and announces {frames}")
-    planes, positions = set(), []
-    for frame in range(frames):
-        position = _numbers(functional(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient", 3)
-        orientation = _numbers(functional(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
-        measures = functional(dataset, frame, "PixelMeasuresSequence")
-        thickness = (_numbers(measures, "SliceThickness", 1) or (0.0,))[0]
-        planes.add((orientation, _pixel_spacing(measures), thickness))
-        if position:
-            positions.append(cast(Vector, position))
-    if positions and (len(positions) != frames or len(planes) != 1):
-        raise ScanError("holds frames of several orientations or sizes, or frames without a position")
-    orientation, spacing, thickness = next(iter(planes))
-    return orientation, tuple(positions), spacing, thickness
-
-
-def _mosaic(
-    dataset: Dataset,
-    rows: int,
-    columns: int,
-    orientation: tuple[float, ...],
-    positions: tuple[Vector, ...],
-    spacing_mm: tuple[float, float],
-) -> tuple[int, int, tuple[Vector, ...]]:
-    """Slices, tiles a side, and slice positions of a Siemens mosaic: one volume as tiles of one image.
-
-    ImagePositionPatient is that of an image as large as the mosaic around the slice's centre; which way the tiles
-    follow each other only the CSA header tells (https://nipy.org/nibabel/dicom/dicom_mosaic.html).
-    """
-    from nibabel.nicom.csareader import read
-
-    apart = _numbers(dataset, "SpacingBetweenSlices", 1)
-    try:
-        tags = read(_raw(dataset, _CSA_IMAGE_HEADER))["tags"]
-        frames = int(tags["NumberOfImagesInMosaic"]["items"][0])
-        normal = np.array(tags["SliceNormalVector"]["items"], dtype=float)
-    except Exception:  # nibabel has no error of its own for what an anonymiser leaves of it
-        frames, normal = 0, np.zeros(0)
-    tiles = int(np.ceil(np.sqrt(frames)))
-    if not (frames and normal.shape == (3,) and apart and positions and orientation) or rows % tiles or columns % tiles:
-        raise ScanError("is a Siemens mosaic without the private header (0029,1010) that says how to take it apart")
-    across, down = np.array(orientation).reshape(2, 3)
-    corner = np.array(positions[0])
-    corner += (columns - columns // tiles) / 2 * spacing_mm[1] * across
-    corner += (rows - rows // tiles) / 2 * spacing_mm[0] * down
-    return frames, tiles, tuple(cast(Vector, tuple(corner + k * apart[0] * normal)) for k in range(frames))
-
-
-def _check_hounsfield(dataset: Dataset) -> None:
+def _check_hounsfield(dataset: Dataset, frames: int) -> None:
     """CT numbers are only comparable if they are Hounsfield units (PS3.3 C.8.2.1.1.2, C.11.1.1.2)."""
-    holder = functional(dataset, 0, "PixelValueTransformationSequence") or dataset
-    if not _numbers(holder, "RescaleSlope", 1) or not _numbers(holder, "RescaleIntercept", 1):
-        raise ScanError("is a CT image without Rescale Slope and Intercept, so its Hounsfield units are unknown")
-    if _text(holder, "RescaleType").upper() not in ("", "HU", "HU_MOD"):
-        raise ScanError("is a CT image whose Rescale Type says that its values are not Hounsfield units")
-
-
-def _check_length(dataset: Dataset, header: Header, file: BinaryIO) -> None:
-    """Refuse files that end before their pixels do; ``file`` stands at the pixel element, where reading stopped."""
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ""))
-    if syntax == DeflatedExplicitVRLittleEndian:
-        return
-    implicit, _ = dataset.original_encoding
-    start = file.tell() + (8 if implicit else 12)  # tag, VR and length
-    held = file.seek(0, 2) - start
-    if held < 0:
-        raise ScanError("holds no pixel data")
-    if syntax and syntax.is_encapsulated:
-        return
-    side = header.tiles or 1
-    pixels = header.rows * header.columns * side**2 if side > 1 else header.rows * header.columns * header.frames
-    bits = pixels * header.samples * _integer(dataset, "BitsAllocated")
-    if _text(dataset, "PhotometricInterpretation") == "YBR_FULL_422":
-        bits = bits * 2 // 3
-    if held < bits // 8:
-        raise ScanError(f"is cut short: {held} of {bits // 8} bytes of pixels")
+    for frame in range(frames):
+        holder = functional(dataset, frame, "PixelValueTransformationSequence") or dataset
+        if not numbers(holder, "RescaleSlope", 1) or not numbers(holder, "RescaleIntercept", 1):
+            raise ScanError("is a CT image without Rescale Slope and Intercept, so its Hounsfield units are unknown")
+        if text(holder, "RescaleType").upper() not in ("", "HU", "HU_MOD"):
+            raise ScanError("is a CT image whose Rescale Type says that its values are not Hounsfield units")

@@ -1,203 +1,360 @@
-"""DICOM headers -> scans: which files belong together, and where their slices lie in space.
+"""DICOM headers -> scans: which frames of which files belong together.
 
-Neither a file name nor InstanceNumber is trusted: slices are ordered by ImagePositionPatient along their normal
-(PS3.3 C.7.6.2.1.1), and a stack that is not a regular grid is refused with the reason.
-
-DICOM's world is LPS (x to the left, y to the back, z to the head); a Scan's is RAS, so x and y change sign.
+Neither a file name nor InstanceNumber is trusted. A series (PS3.3 A.1.2.3) is divided by what its slices are, and by
+whatever tells volumes apart that share positions; then ``dicom_geometry.py`` makes regular grids of them.
 """
 
+import filecmp
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medclr.errors import ScanError
-from medclr.scans.dicom_header import TELLING, Header, Vector
+from medclr.scans.dicom_frames import PARAMETERS, TELLING, Slice
+from medclr.scans.dicom_geometry import Grid, axes, grid, levels, pieces, shared, stack
+from medclr.scans.dicom_header import Header
+from medclr.scans.dicom_pixels import fingerprint
 from medclr.scans.policy import DEFAULT, Plane, Policy
 from medclr.scans.scan import Found
 
+# Clocks and counters by whose order, at each position, volumes are told apart; whether volumes may overlap in time.
+_ORDERED = {"TriggerTime": True, "FrameReferenceTime": False, "AcquisitionTime": False}
+_DIVISIONS = (
+    DEFAULT,
+    replace(DEFAULT, missing="allow"),
+    replace(DEFAULT, spacing="allow"),
+    replace(DEFAULT, missing="allow", spacing="allow"),
+)
+
+Reject = tuple[Path, str]
+
+
+class Frame(NamedTuple):
+    """One frame of one file."""
+
+    header: Header
+    number: int
+    """Counted from 0."""
+
+    @property
+    def slice(self) -> Slice:
+        """Its place in space."""
+        return self.header.slices[self.number]
+
 
 @dataclass(frozen=True)
-class Grid:
-    """Where the slices of one scan lie."""
+class Volume:
+    """A scan that was found, and the frames that it is made of."""
 
-    order: tuple[int, ...]
-    """Index of the slice that comes first along the normal, of the second, ..."""
-    affine: NDArray[np.float64]
-    """[4,4], index (d,h,w,1) of the ordered slices to RAS mm."""
-    spacing_mm: Vector
-    plane: str
+    found: Found
+    frames: tuple[Frame, ...]
+    """In the order of the slices."""
+    grid: Grid
 
 
-# Positions written with one decimal are off by up to half a tenth each; no two slices lie this close.
-_ROUNDING_MM = 0.1
-_SAME_MM = 0.01
-_PARALLEL = 1e-3  # 1 - cosine; 2.6 degrees
+@dataclass(frozen=True)
+class _Part:
+    """Frames that make one scan, or that the ``refused`` reason keeps from being one."""
 
-
-def grid(headers: Sequence[Header]) -> Grid:
-    """Order slices along their normal and check that they form a regular grid.
-
-    The checks are those of ``highdicom.spatial.get_series_volume_positions``, with the reason for a refusal; spacings
-    may differ by 1 %, or by the rounding of positions to a tenth of a millimetre if that is less than a quarter slice.
-
-    Raises:
-        ScanError: slices at the same position, missing, unevenly spaced, tilted, or shifted against each other.
-    """
-    first = headers[0]
-    between_rows, between_columns = first.pixel_spacing_mm or (1.0, 1.0)
-    points = np.array([point for header in headers for point in header.positions])  # [n,3] LPS
-    if not len(points):
-        count = sum(header.frames for header in headers)
-        spacing = (1.0, between_rows, between_columns)
-        return Grid(tuple(range(count)), np.diag([*spacing, 1.0]), spacing, "")
-
-    across, down = _axes(headers)
-    normal = np.cross(across, down)
-    along = points @ normal  # [n]
-    order = np.argsort(along, kind="stable")
-    step = normal * first.thickness_mm
-    if len(points) > 1:
-        points, gaps = points[order], np.diff(along[order])
-        usual = float(np.median(gaps))
-        if gaps.min() < _SAME_MM:
-            shared = int((gaps < _SAME_MM).sum())
-            raise ScanError(f"{shared} of {len(points)} slices lie where another does; nothing tells volumes apart")
-        worst = float(gaps[np.abs(gaps - usual).argmax()])
-        if abs(worst - usual) > max(0.01 * usual, min(_ROUNDING_MM, usual / 4) + 1e-6):
-            missing = int(np.maximum(np.rint(gaps / gaps.min()) - 1, 0).sum())
-            hint = f"; {missing} of {len(points) + missing} slices seem to be missing" if worst > 1.5 * usual else ""
-            raise ScanError(f"slices are {worst:.4g} mm apart where {usual:.4g} mm is usual{hint}")
-        step = (points[-1] - points[0]) / (len(points) - 1)
-        cosine = float(step @ normal) / float(np.linalg.norm(step))
-        if 1 - cosine > _PARALLEL:
-            angle = np.degrees(np.arccos(cosine))
-            raise ScanError(
-                f"slices are stacked {angle:.1f} degrees off their normal (gantry tilt); resample them first"
-            )
-        off = points - (points[0] + np.arange(len(points))[:, None] * step)  # [n,3]
-        shift = float(np.linalg.norm(off - (off @ normal)[:, None] * normal, axis=1).max())
-        if shift > max(0.01 * usual, _ROUNDING_MM):
-            raise ScanError(f"slices are shifted sideways against each other by up to {shift:.3g} mm")
-
-    affine = np.eye(4)
-    affine[:3] = np.stack([step, down * between_rows, across * between_columns, points[0]], axis=1)
-    affine[:2] *= -1  # LPS to RAS
-    spacing = (float(np.linalg.norm(step)), between_rows, between_columns)
-    return Grid(tuple(order.tolist()), affine, spacing, _plane(normal))
-
-
-def _axes(headers: Sequence[Header]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Unit vectors along a row and along a column. They may differ in the last digits from slice to slice."""
-    across, down = np.median([header.orientation for header in headers], axis=0).reshape(2, 3)
-    lengths = np.linalg.norm(across), np.linalg.norm(down)
-    if abs(lengths[0] - 1) > 1e-2 or abs(lengths[1] - 1) > 1e-2 or abs(across @ down) > 1e-2:
-        raise ScanError("has an Image Orientation (Patient) that is not two perpendicular unit vectors")
-    return across / lengths[0], down / lengths[1]
-
-
-def _plane(normal: NDArray[np.float64]) -> str:
-    axis = int(np.abs(normal).argmax())
-    return ("sagittal", "coronal", "axial")[axis] if abs(normal[axis]) > 0.8 else "oblique"
+    frames: list[Frame]
+    label: str
+    """What distinguishes it inside its series."""
+    irregular: str = ""
+    grid: Grid | None = None
+    refused: str = ""
 
 
 def find(
     headers: Iterable[Header], policy: Policy = DEFAULT, plane: Plane | None = None
-) -> tuple[list[Found], list[tuple[Path, str]]]:
+) -> tuple[list[Found], list[Reject]]:
     """Group files into scans.
 
-    A series (PS3.3 A.1.2.3) may hold several: it is divided by matrix, spacing, orientation, image type and echo, and,
-    where slices share positions, by whatever tells the volumes apart. Radiographs, ultrasound, images without a place
-    in space, and multi-frame files are one scan each.
+    A series may hold several: it is divided by orientation, image type, echo and size, and, where slices share
+    positions, by whatever tells the volumes apart (b-value, time, acquisition). Radiographs, ultrasound and images
+    without a place in space are one scan each. A multi-frame file stays by itself and may hold several volumes.
 
     Returns:
         the scans, and (file, reason) for every file that is in none. Both are in the order of the paths.
     """
-    scans: list[tuple[str, list[Header]]] = []
-    rejects: list[tuple[Path, str]] = []
-    stacks: dict[tuple[object, ...], list[Header]] = defaultdict(list)
-    seen: dict[tuple[object, ...], Header] = {}
+    volumes, rejects = volumes_of(headers, policy)
+    return [volume.found for volume in volumes], rejects
+
+
+def volumes_of(headers: Iterable[Header], policy: Policy) -> tuple[list[Volume], list[Reject]]:
+    """As ``find``, with the frames."""
+    rejects: list[Reject] = []
+    usable = []
     for header in sorted(headers, key=lambda header: header.path):
-        copy = seen.setdefault((header.patient, header.instance, header.positions), header)
-        if header.instance and copy is not header:
-            rejects.append((header.path, f"is a copy of {copy.path.name} (same SOP Instance UID and position)"))
-        elif header.frames == 1 and header.positions:
-            series = header.series or str(header.path.parent)
-            stacks[(header.patient, header.study, series, header.modality, header.rows, header.columns, header.samples,
-                    header.pixel_spacing_mm, header.image_type, header.echo)].append(header)  # fmt: skip
+        if header.burned_in and policy.burned_in == "refuse":
+            reason = "says that text is burned into its pixels, which may name the patient (Burned In Annotation is"
+            rejects.append((header.path, f"{reason} YES); --policy.burned_in allow lets it in"))
         else:
-            scans.append((header.instance, [header]))
-    for key, stack in stacks.items():
-        for orientation, parallel in _by_orientation(stack):
-            part = "|".join(map(str, (*key[4:], orientation)))
-            scans += [(part + told, volume) for told, volume in _by_telling(parallel)]
+            usable.append(header)
+    usable, copies = _one_of_each(_with_patients(usable))
+    rejects += copies
 
-    found = []
-    for part, scan in scans:
-        try:
-            found.append(_found(scan, part))
-        except ScanError as error:
-            rejects += [(header.path, str(error)) for header in scan]
-    return sorted(found, key=lambda scan: scan.files), sorted(rejects)
+    volumes: list[Volume] = []
+    series: dict[tuple[str, ...], list[Header]] = defaultdict(list)
+    for header in usable:
+        if header.frames == 1 and header.slices:
+            unique = header.series or str(header.path.parent)
+            series[header.patient, header.study, unique, header.modality or ""].append(header)
+        else:
+            found, refused = _of_file(header, policy)
+            volumes += found
+            rejects += refused
+    for members in series.values():
+        for part in _parts([Frame(header, 0) for header in members], policy):
+            if part.grid:
+                volumes.append(_volume(part, part.grid))
+            else:
+                rejects += [(frame.header.path, part.refused) for frame in part.frames]
+    return sorted(volumes, key=lambda volume: (volume.found.files, volume.found.volume)), sorted(rejects)
 
 
-def _found(scan: Sequence[Header], part: str) -> Found:
-    place, first = grid(scan), scan[0]
-    return Found(
-        files=tuple(scan[i].path for i in place.order) if len(scan) > 1 else (first.path,),
+def _of_file(header: Header, policy: Policy) -> tuple[list[Volume], list[Reject]]:
+    """Volumes of a multi-frame file.
+
+    They are numbered through all the ways in which a policy may divide the file, so that a number means the same
+    frames whatever the policy is; those of the default policy come first.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    for division in _DIVISIONS if header.slices else _DIVISIONS[:1]:
+        for part in _frames_of(header, division):
+            if not part.refused:
+                numbers.setdefault(tuple(frame.number for frame in part.frames), len(numbers))
+    parts = _frames_of(header, policy)
+    kept = [(numbers[tuple(frame.number for frame in part.frames)], part, part.grid) for part in parts if part.grid]
+    refused = sorted({part.refused for part in parts if part.refused})
+    if not kept:
+        return [], [(header.path, "; ".join(refused))]
+    if len(kept) > 1 and policy.volumes == "refuse":
+        return [], [(header.path, f"holds {len(kept)} volumes, which --policy.volumes refuse keeps out")]
+    notes = [f"{len(parts) - len(kept)} of its {len(parts)} volumes cannot be used: {refused[0]}"] if refused else []
+    if len(kept) > 1 and policy.volumes == "first":
+        notes.append(f"the first of {len(kept)} volumes")
+        kept = [min(kept, key=lambda numbered: numbered[0])]
+    return [
+        _volume(replace(part, irregular="; ".join(filter(None, (part.irregular, *notes)))), place, number)
+        for number, part, place in kept
+    ], []
+
+
+def _frames_of(header: Header, policy: Policy) -> list[_Part]:
+    if header.slices:
+        return list(_parts([Frame(header, i) for i in range(header.frames)], policy))
+    parts = []
+    for number, frames in enumerate(header.volumes):
+        order = tuple(range(len(frames)))
+        place = Grid(order, np.diag([*header.spacing_mm, 1.0]), header.spacing_mm, "", "")
+        parts.append(_Part([Frame(header, i) for i in frames], f"volume {number}", grid=place))
+    return parts
+
+
+def _volume(part: _Part, place: Grid, number: int = 0) -> Volume:
+    first = part.frames[0].header
+    files = tuple(dict.fromkeys(frame.header.path for frame in part.frames))
+    notes = {*(frame.header.irregular for frame in part.frames), part.irregular, place.irregular}
+    if first.burned_in:
+        notes.add("Burned In Annotation is YES")
+    found = Found(
+        files=files,
         modality=first.modality,
         patient=first.patient,
         study=first.study,
-        series=f"{first.series}|{part}" if first.series or first.instance else "",
+        series=f"{first.series}|{first.instance if first.frames > 1 or not first.slices else ''}|{part.label}"
+        if first.series or first.instance
+        else "",
         body_part=first.body_part,
         plane=place.plane,
-        shape=(len(place.order), first.rows, first.columns),
+        shape=(len(part.frames), first.rows, first.columns),
         spacing_mm=place.spacing_mm,
+        volume=number,
+        irregular="; ".join(sorted(filter(None, notes))),
     )
+    return Volume(found, tuple(part.frames), place)
 
 
-def _by_orientation(stack: Sequence[Header]) -> list[tuple[str, list[Header]]]:
+# Copies and patients
+
+
+def _one_of_each(headers: Sequence[Header]) -> tuple[list[Header], list[Reject]]:
+    """Keep the first of the copies of an image; different ones under one SOP Instance UID are all refused.
+
+    Only files that share a UID are looked into, and decoded only if their bytes differ.
+    """
+    same: dict[tuple[str, str], list[Header]] = defaultdict(list)
+    for header in headers:
+        same[header.patient, header.instance or str(header.path)].append(header)
+    kept: list[Header] = []
+    rejects: list[Reject] = []
+    for group in same.values():
+        sound, broken, alike = _compared(group)
+        rejects += broken
+        if alike:
+            kept += sound[:1]
+            sound = sound[1:]
+            reason = "is a copy of another file (same SOP Instance UID, same pixels)"
+        else:
+            reason = "shares its SOP Instance UID with a file that holds another image; which one is meant?"
+        rejects += [(header.path, reason) for header in sound]
+    return kept, rejects
+
+
+def _compared(group: list[Header]) -> tuple[list[Header], list[Reject], bool]:
+    """Files of one UID that can be decoded, those that cannot, and whether the former hold the same image."""
+    try:
+        if all(filecmp.cmp(group[0].path, other.path, shallow=False) for other in group[1:]):
+            return group, [], True
+    except OSError as error:
+        return [], [(header.path, f"cannot be read ({error.strerror})") for header in group], True
+    sound: list[Header] = []
+    broken: list[Reject] = []
+    prints = set()
+    for header in group:
+        try:
+            prints.add((fingerprint(header.path), replace(header, path=Path())))
+            sound.append(header)
+        except ScanError as error:
+            broken.append((header.path, str(error)))
+    return sound, broken, len(prints) == 1
+
+
+def _with_patients(headers: Sequence[Header]) -> list[Header]:
+    """Slices without PatientID are of the patient that the others of their series name, if these agree."""
+    named: dict[str, set[str]] = defaultdict(set)
+    for header in headers:
+        if header.named and header.series:
+            named[header.series].add(header.patient)
+    return [
+        replace(header, patient=next(iter(named[header.series])))
+        if not header.named and len(named.get(header.series, ())) == 1
+        else header
+        for header in headers
+    ]
+
+
+# Parts of a series
+
+
+def _parts(frames: list[Frame], policy: Policy) -> Iterator[_Part]:
+    """Divide the frames of one series, or of one file."""
+    kinds: dict[tuple[object, ...], list[Frame]] = defaultdict(list)
+    for frame in frames:
+        kinds[frame.slice.kind, frame.header.samples].append(frame)
+    for (kind, _), alike in kinds.items():
+        for orientation, parallel in _by_orientation(alike):
+            sizes: dict[tuple[object, ...], list[Frame]] = defaultdict(list)
+            for frame in parallel:
+                sizes[frame.header.rows, frame.header.columns, frame.slice.spacing_mm].append(frame)
+            several = f"{len(sizes)} sizes of slices" if len(sizes) > 1 else ""
+            if several and policy.sizes == "refuse":
+                yield _Part(parallel, "", refused=f"has {several} in its series, which --policy.sizes refuse keeps out")
+                continue
+            for size, members in sizes.items():
+                label = f"{kind}|{orientation}|{size}"
+                yield from _volumes(members, policy, label, several and f"split from a series with {several}")
+
+
+def _volumes(frames: list[Frame], policy: Policy, label: str, note: str) -> Iterator[_Part]:
+    """Divide parallel slices of one size into volumes, and these into regular grids, until nothing divides them."""
+    try:
+        told = _by_telling(frames)
+        if len(told) > 1:
+            for value, members in told:
+                yield from _volumes(members, policy, f"{label}|{value}", note)
+            return
+        whole = stack([frame.slice for frame in frames])
+        runs = pieces(whole, policy)
+        if len(runs) > 1:
+            why = whole.gap() or whole.unevenness()
+            for number, run in enumerate(runs):
+                members = [frames[i] for i in whole.order[run]]
+                split = f"split from a stack in which {why}"
+                yield from _volumes(members, policy, f"{label}|{number}", note if "stack" in note else split)
+            return
+        place = grid([frame.slice for frame in frames], policy)
+        yield _Part([frames[i] for i in place.order], label, note, place)
+    except ScanError as error:
+        yield _Part(frames, label, refused=str(error))
+
+
+def _by_orientation(frames: Sequence[Frame]) -> list[tuple[str, list[Frame]]]:
     """Divide by orientation. Rounding could part two that differ in the last digit, so each joins the first alike."""
-    groups: list[tuple[NDArray[np.float64], list[Header]]] = []
-    of: dict[tuple[float, ...], list[Header]] = {}
-    for header in stack:
-        if header.orientation not in of:
-            cosines = np.array(header.orientation)
-            alike = next((members for axes, members in groups if np.abs(axes - cosines).max() < 1e-3), None)
+    groups: list[tuple[NDArray[np.float64], list[Frame]]] = []
+    of: dict[tuple[float, ...], list[Frame]] = {}
+    for frame in frames:
+        orientation = frame.slice.orientation
+        if orientation not in of:
+            cosines = np.array(orientation)
+            alike = next((members for axes_, members in groups if np.abs(axes_ - cosines).max() < 1e-3), None)
             if alike is None:
                 alike = []
                 groups.append((cosines, alike))
-            of[header.orientation] = alike
-        of[header.orientation].append(header)
-    return [("\\".join(f"{c:.2f}" for c in axes), members) for axes, members in groups]
+            of[orientation] = alike
+        of[orientation].append(frame)
+    return [("\\".join(f"{c:.2f}" for c in axes_), members) for axes_, members in groups]
 
 
-def _by_telling(stack: list[Header]) -> list[tuple[str, list[Header]]]:
-    """Divide slices that share positions into volumes by the first element that keeps sharers apart.
+def _by_telling(frames: list[Frame]) -> list[tuple[str, list[Frame]]]:
+    """Divide slices into volumes by the first element that keeps those apart that share a position.
 
-    An element with more values than slices share a position (a clock time, say) tells slices, not volumes.
+    An element with more values than slices share a position (a clock time, say) tells slices, not volumes. Where no
+    position is shared and yet the slices form no even stack, settings of the scanner divide it if each of their values
+    does: two volumes, one moved a little against the other.
     """
-    shared = _shared(stack)
-    if shared > 1:
-        for i, name in enumerate(TELLING):
-            parts: dict[bytes, list[Header]] = defaultdict(list)
-            for header in stack:
-                parts[header.telling[i]].append(header)
-            if 1 < len(parts) <= shared and all(_shared(part) < shared for part in parts.values()):
-                return [
-                    (f"|{name}={value.decode('latin-1')}{told}", volume)
-                    for value, part in parts.items()
-                    for told, volume in _by_telling(part)
-                ]
-    return [("", stack)]
+    slices = [frame.slice for frame in frames]
+    most = shared(slices)
+    if most == 1 and _is_even(frames):
+        return [("", frames)]
+    for i, name in enumerate(TELLING if most > 1 else PARAMETERS):
+        parts: dict[bytes, list[Frame]] = defaultdict(list)
+        for frame in frames:
+            parts[frame.slice.telling[i]].append(frame)
+        if len(parts) == 1:
+            continue
+        if most > 1:
+            divides = len(parts) <= most and all(shared([f.slice for f in part]) < most for part in parts.values())
+        else:
+            divides = all(len(part) > 1 and _is_even(part) for part in parts.values())
+        if divides:
+            return [(f"{name}={value.decode('latin-1')}", part) for value, part in parts.items()]
+    return _by_order(frames) if most > 1 else [("", frames)]
 
 
-def _shared(stack: Sequence[Header]) -> int:
-    """The largest number of slices at one position along the normal."""
-    normal = np.cross(*np.array(stack[0].orientation).reshape(2, 3))
-    along = np.sort(np.array([header.positions[0] for header in stack]) @ normal)
-    plane = np.cumsum(np.diff(along, prepend=along[0]) >= _SAME_MM)
-    return int(np.bincount(plane).max())
+def _is_even(frames: Sequence[Frame]) -> bool:
+    whole = stack([frame.slice for frame in frames])
+    return not whole.gap() and not whole.unevenness()
+
+
+def _by_order(frames: list[Frame]) -> list[tuple[str, list[Frame]]]:
+    """Divide slices of which equally many share each position, by the order of a clock that jitters.
+
+    The n-th trigger time at each position is the n-th phase of the heart. Other clocks tell volumes only if each volume
+    ends before the next begins.
+    """
+    along = np.array([frame.slice.position for frame in frames]) @ axes([frame.slice for frame in frames])[2]
+    order = np.argsort(along, kind="stable")
+    level = np.empty(len(frames), np.intp)
+    level[order] = levels(along[order])
+    counts = np.bincount(level)
+    if counts.min() != counts.max():
+        return [("", frames)]
+    for name, may_overlap in _ORDERED.items():
+        i = list(TELLING).index(name)
+        try:
+            clock = np.array([float(frame.slice.telling[i]) for frame in frames])
+        except ValueError:  # empty, or a date with a time zone
+            continue
+        ranked = np.lexsort((clock, level)).reshape(len(counts), counts[0])  # [positions, volumes]
+        times = clock[ranked]
+        if (np.diff(times, axis=1) <= 0).any() or not np.isfinite(times).all():
+            continue
+        if may_overlap or (times[:, :-1].max(axis=0) < times[:, 1:].min(axis=0)).all():
+            return [(f"{name} {n}", [frames[j] for j in ranked[:, n]]) for n in range(counts[0])]
+    return [("", frames)]
