@@ -37,8 +37,8 @@ _JPEG_SCAN = b"\xff\xda"  # marker SOS of ITU-T T.81; in the data, 0xff is follo
 
 _BAND_PIXELS = 2**20
 _MOST_PAGES = 10_000
-_MOST_JPEG_SCANS = 100  # progressive files have about 10; each costs the time of a whole image
-_BOMB_PIXELS, _BOMB_RATIO = 2**28, 100  # what is larger and has fewer bytes a pixel than 1 in 100 holds nothing
+_MOST_JPEG_PIXELS = 2**30  # of all scans together: progressive files have about 10, each as much work as an image
+_BOMB_PIXELS, _BOMB_RATIO = 2**26, 100  # what is larger and has fewer bytes a pixel than 1 in 100 holds nothing
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[ImageFile.ImageFi
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
                 if image.format == "JPEG":
-                    _refuse_scans(path.read_bytes() if data is None else data)
+                    _refuse_scans(path.read_bytes() if data is None else data, image.width * image.height)
                 yield image
     except (ScanError, MemoryError):
         raise
@@ -148,10 +148,10 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[ImageFile.ImageFi
         raise ScanError("is damaged or ends early; copy it again") from error
 
 
-def _refuse_scans(data: bytes) -> None:
-    """Raise if a JPEG draws itself over and over, which takes hours."""
-    if (n_scans := data.count(_JPEG_SCAN)) > _MOST_JPEG_SCANS:
-        raise ScanError(f"is a JPEG of {n_scans} scans, which no camera writes; save it anew")
+def _refuse_scans(data: bytes, n_pixels: int) -> None:
+    """Raise if a JPEG draws itself over and over, which can take hours."""
+    if (n_scans := data.count(_JPEG_SCAN)) * n_pixels > _MOST_JPEG_PIXELS:
+        raise ScanError(f"is a JPEG that is drawn in {n_scans} scans, one over the other; save it anew")
 
 
 def _shape(path: Path, image: ImageFile.ImageFile) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 A pair (``.hdr`` and ``.img``, either gzipped or not) is known by its header; the ``.img`` has no mark of its own.
 """
 
+import itertools
 import math
 import re
 import zlib
@@ -41,7 +42,7 @@ _LONGEST = 2**15 - 1  # voxels along an axis: NIfTI-1 has no room for more
 _MOST_VOXELS = 2**30  # of one volume: 4 GiB as float32
 _MOST_VOLUMES = 10_000
 _MOST_COMPRESSED = 1032  # zlib never expands a byte to more than this (zlib, technical details)
-_BOMB_BYTES, _BOMB_RATIO = 2**28, 100  # real scans shrink by 2 to 20; what is larger and shrinks by more holds nothing
+_BOMB_BYTES, _BOMB_RATIO = 2**26, 100  # real scans shrink by 2 to 20; what is larger and shrinks by more holds nothing
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,7 @@ def _disagreement(header: Any, affine: NDArray[np.float64], shape: tuple[int, in
     except (HeaderDataError, ValueError):
         return "its qform is damaged, its sform is used"
     qform[:3] *= to_mm
-    ends = [(0, n - 1) for n in shape]
-    corners = np.stack([*np.meshgrid(*ends, indexing="ij"), np.ones((2, 2, 2))], -1).reshape(-1, 4)  # [8,4]
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape), (1,))))  # [8,4]
     apart_mm = np.linalg.norm(corners @ (qform - affine).T, axis=1).max()
     if apart_mm <= 0.5 * np.linalg.norm(affine[:3, :3], axis=0).min():
         return ""
