@@ -18,6 +18,7 @@ _API = {
     "prepare": "medclr.data.prepare",
     "verify": "medclr.data.store",
     "dedup": "medclr.data.dedup",
+    "describe": "medclr.describe",
     "pretrain": "medclr.pretrain",
     "probe": "medclr.probe",
     "embed": "medclr.embed",
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "dedup",
     "demo",
+    "describe",
     "embed",
     "index",
     "load_encoder",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from medclr.data.store import verify as verify
     from medclr.data.whereis import whereis as whereis
     from medclr.demo import demo as demo
+    from medclr.describe import describe as describe
     from medclr.embed import embed as embed
     from medclr.embed import read_views as read_views
     from medclr.models.encoder import load_encoder as load_encoder

@@ -65,7 +65,7 @@ class Page:
 
     def tiles(self, facts: Sequence[tuple[Cell, str]]) -> None:
         """Large numbers side by side, each with a word below."""
-        tiles = "".join(f"<div><b>{escape(_text(value))}</b>{escape(word)}</div>" for value, word in facts)
+        tiles = "".join(f"<div><b>{escape(cell_text(value))}</b>{escape(word)}</div>" for value, word in facts)
         self._parts.append(f'<div class="tiles">{tiles}</div>')
 
     def warnings(self, sentences: Sequence[str]) -> None:
@@ -89,10 +89,8 @@ class Page:
         numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
 
         def line(tag: str, cells: Sequence[Cell]) -> str:
-            marked = (
-                f'<{tag} class="n">{escape(_text(cell))}</{tag}>' if right else f"<{tag}>{escape(_text(cell))}</{tag}>"
-                for cell, right in zip(cells, numeric, strict=True)
-            )  # fmt: skip
+            right = (' class="n"' if number else "" for number in numeric)
+            marked = (f"<{tag}{r}>{escape(cell_text(cell))}</{tag}>" for cell, r in zip(cells, right, strict=True))
             return f"<tr>{''.join(marked)}</tr>"
 
         head = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -134,7 +132,7 @@ class Page:
         files.write_text(path, self.html())
 
 
-def _text(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
     """Numbers as people write them: thousands parted, four digits of a fraction."""
     if cell is None:
         return ""
