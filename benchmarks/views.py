@@ -52,6 +52,7 @@ def random_batch(modality: str, n: int, size_px: int) -> Batch:
         low=-800 * ones,
         high=800 * ones,
         air=-1024 * ones,
+        content=torch.tensor([[0.0, 0.0, size_px, size_px]]).expand(n, 4),
         modality=whole * 0,
         scan=whole,
         patient=whole,

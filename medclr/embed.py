@@ -146,10 +146,12 @@ def read_views(
     def constant(value: float, kind: torch.dtype = torch.float32) -> Tensor:
         return torch.full((depth,), value, dtype=kind)  # [D]
 
+    box = torch.tensor([[encoding.top, encoding.left, encoding.height, encoding.width]])
     none, order = constant(-1, torch.int64), torch.arange(depth)
     batch = Batch(
         index=order, images=images[:, None], low=constant(encoding.low), high=constant(encoding.high),
-        air=constant(encoding.air), modality=constant(0, torch.int64), scan=none, patient=none, slice_index=order,
+        air=constant(encoding.air), content=box.float().expand(depth, 4), modality=constant(0, torch.int64),
+        scan=none, patient=none, slice_index=order,
         position=constant(0.5), label=none, modalities=(scan.modality,),
     )  # fmt: skip
     return plain_view(batch, encoder.size_px)

@@ -174,7 +174,8 @@ def torchvision_crop(
 def test_crops_are_distributed_as_in_torchvision(height: int, width: int, area: tuple[float, float]) -> None:
     n, aspect = 3000, (3 / 4, 4 / 3)
     params = RandomResizedCrop(64, area=area).draw(n, np.random.RandomState(0))
-    ours = torch.stack(crop_box(params, height, width, aspect), 1).numpy()  # [n,4]
+    content = torch.tensor([[7.0, 20.0, height, width]]).expand(n, 4)
+    ours = torch.stack(crop_box(params, content, aspect), 1).numpy() - [7, 20, 0, 0]  # [n,4]
     R = np.random.RandomState(1)
     theirs = np.array([torchvision_crop(height, width, area, aspect, R) for _ in range(n)])
     for column in range(4):
@@ -188,7 +189,7 @@ def test_crop_parameters_follow_their_distributions() -> None:
     n = 4000
     transform = RandomResizedCrop(64, area=(0.2, 0.5), rotation_deg=15, flip_lr=True)
     params = transform.draw(n, np.random.RandomState(0))
-    _, _, h, w = crop_box(params, 1e6, 1e6, transform.aspect)
+    _, _, h, w = crop_box(params, torch.tensor([[0, 0, 1e6, 1e6]]).expand(n, 4), transform.aspect)
     assert stats.kstest((h * w).numpy() / 1e12, stats.uniform(0.2, 0.3).cdf).pvalue > 0.01  # all of them fit
     log_aspect = stats.uniform(np.log(3 / 4), np.log(16 / 9))
     assert stats.kstest(np.log(w.numpy() / h.numpy()), log_aspect.cdf).pvalue > 0.01
@@ -231,9 +232,9 @@ def test_resampling_agrees_with_scipy(height: int, width: int, size: int) -> Non
     n = 12
     images = torch.rand(n, 1, height, width, generator=torch.Generator().manual_seed(0)) * 2000 - 1000
     transform = RandomResizedCrop(size, area=(0.1, 1.0), rotation_deg=30, flip_lr=True, flip_ud=True)
-    params = {**transform.draw(n, np.random.RandomState(2)), "air": torch.linspace(-1024, 0, n)}
+    params = drawn(transform, images, seed=2) | {"air": torch.linspace(-1024, 0, n)}
     out = transform.apply(images, params)
-    box = torch.stack(crop_box(params, height, width, transform.aspect), 1)
+    box = torch.stack(crop_box(params, params["content"], transform.aspect), 1)
     levels = pyramid_level(box[:, 2], box[:, 3], size)
     if size == 16:
         assert set(levels.tolist()) >= {1, 2}
@@ -257,10 +258,29 @@ def test_the_whole_image_at_its_own_size_is_unchanged() -> None:
     torch.testing.assert_close(transform(images), images, atol=1e-5, rtol=0)
 
 
+def test_padding_changes_nothing() -> None:
+    """Images of several sizes, padded with air to one square, give the views of the images themselves."""
+    transform = RandomResizedCrop(24, area=(0.1, 1.0), rotation_deg=30, flip_lr=True, flip_ud=True)
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[8, 16, 32, 24], [0, 0, 64, 40], [30, 2, 20, 60], [24, 24, 16, 16]])
+    params = transform.draw(len(boxes), np.random.RandomState(3)) | {"air": torch.full((4,), -1024.0)}
+    square = torch.full((4, 1, 64, 64), -1024.0)
+    for i, (top, left, height, width) in enumerate(boxes.tolist()):
+        image = torch.rand(1, 1, height, width, generator=generator) * 2000 - 1000
+        square[i, :, top : top + height, left : left + width] = image[0]
+        alone = {name: value[i : i + 1] for name, value in params.items()}
+        alone["content"] = torch.tensor([[0.0, 0.0, height, width]])
+        expected = transform.apply(image, alone)
+        found = transform.apply(square[i : i + 1], alone | {"content": boxes[i : i + 1].float()})
+        torch.testing.assert_close(found, expected, atol=0.2, rtol=0)
+    together = transform.apply(square, params | {"content": boxes.float()})
+    torch.testing.assert_close(together[i : i + 1], found, atol=0.2, rtol=0)
+
+
 def test_outside_is_air() -> None:
     transform = RandomResizedCrop(64, area=(1.0, 1.0), aspect=(1.0, 1.0), rotation_deg=45)
     images = torch.full((5, 1, 64, 64), 100.0)
-    params = {**transform.draw(5, np.random.RandomState(0)), "air": torch.full((5,), -1024.0)}
+    params = drawn(transform, images) | {"air": torch.full((5,), -1024.0)}
     params["rotation_deg"] = torch.full((5,), 45.0)
     out = transform.apply(images, params)
     assert torch.all(out[:, 0, 0, 0] == -1024)

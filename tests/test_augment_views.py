@@ -36,6 +36,7 @@ def a_batch(names: tuple[str, ...], n: int = 12, size_px: int = 48) -> Batch:
         low=ends[0],
         high=ends[1],
         air=torch.where(ct, -1024.0, 0.0),
+        content=torch.tensor([[0.0, 0.0, size_px, size_px]]).expand(n, 4),
         modality=modality,
         scan=whole,
         patient=whole,

@@ -45,6 +45,11 @@ def test_a_batch_holds_what_the_store_says(store):
         column = getattr(batch, name)
         assert column.dtype == (torch.float32 if name in ("low", "high", "air", "position") else torch.int64)
         np.testing.assert_array_equal(column, store.column(name)[indices])
+    assert batch.content.dtype == torch.float32
+    ct = store.scans[store.column("scan")[2]]
+    box = [ct.content_top, ct.content_left, ct.content_height, ct.content_width]
+    assert batch.content[1:3].tolist() == [box, box]
+    assert batch.content[0].tolist() == [0, 2, 24, 20], "40 x 33 pixels at 24"
     assert [batch.modalities[m] for m in batch.modality] == ["XR", "CT", "CT", "MR"]
 
 

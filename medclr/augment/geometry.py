@@ -16,24 +16,30 @@ CACHED = 1 << 18
 """Pixels resampled at a time on a processor."""
 
 
-def crop_box(params: Params, height: float, width: float, aspect: tuple[float, float]) -> tuple[Tensor, ...]:
+def crop_box(params: Params, content: Tensor, aspect: tuple[float, float]) -> tuple[Tensor, ...]:
     """Top, left, height and width [n] in pixels of the drawn crops, with torchvision's rounding to whole pixels.
 
     The first of the ``TRIES`` drawn (area, aspect) that fits is taken. Where none does: the largest centred crop whose
     aspect ratio is allowed.
+
+    Args:
+        params: as of ``RandomResizedCrop.sample``.
+        content: [n,4], the top, left, height and width in which the crops lie: all of an image, or less padding.
+        aspect: the least and the greatest allowed.
     """
+    top, left, height, width = content.unbind(1)  # [n] each
     ratio = params["log_aspect"].exp()  # [n,TRIES], width / height
-    area = params["area"] * (height * width)  # [n,TRIES]
+    area = params["area"] * (height * width)[:, None]  # [n,TRIES]
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [n,TRIES]
-    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     first = fits.int().argmax(1, keepdim=True)  # [n,1]; 0 where none fits
     found = fits.any(1)
-    fallback = min(max(width / height, aspect[0]), aspect[1])
-    h = torch.where(found, h.gather(1, first)[:, 0], float(round(min(height, width / fallback))))  # [n]
-    w = torch.where(found, w.gather(1, first)[:, 0], float(round(min(width, height * fallback))))  # [n]
+    fallback = (width / height).clamp(*aspect)  # [n]
+    h = torch.where(found, h.gather(1, first)[:, 0], height.minimum(width / fallback).round())  # [n]
+    w = torch.where(found, w.gather(1, first)[:, 0], width.minimum(height * fallback).round())  # [n]
     free = torch.stack([height - h, width - w], 1)  # [n,2]
     at = torch.where(found[:, None], (params["at"] * (free + 1)).floor().minimum(free), (free / 2).floor())  # [n,2]
-    return at[:, 0], at[:, 1], h, w
+    return top + at[:, 0], left + at[:, 1], h, w
 
 
 def pyramid_level(height: Tensor, width: Tensor, size_px: int) -> Tensor:
@@ -78,11 +84,12 @@ class RandomResizedCrop(BatchTransform):
     """A random crop, perhaps mirrored and slightly rotated, resampled to ``size_px`` x ``size_px`` pixels.
 
     Area and aspect ratio follow torchvision's RandomResizedCrop: area uniform, log-aspect uniform, the first of ten
-    draws that fits, anywhere inside the image with equal chance. The crop is rotated about its own centre; what then
+    draws that fits, anywhere inside the image with equal chance: inside its content, where it is padded to a square, as
+    how much padding a view shows would tell from which scan it is. The crop is rotated about its own centre; what then
     lies outside the image is air.
     """
 
-    facts: ClassVar[tuple[str, ...]] = ("air",)
+    facts: ClassVar[tuple[str, ...]] = ("air", "content")
 
     def __init__(
         self,
@@ -109,12 +116,13 @@ class RandomResizedCrop(BatchTransform):
         }
 
     def measure(self, images: Tensor) -> Params:
-        """Without a batch that knows better, the darkest pixel is air."""
-        return {"air": images.amin((1, 2, 3)).cpu()}
+        """Without a batch that knows better, the darkest pixel is air, and all of the image is content."""
+        content = torch.tensor([[0.0, 0.0, *images.shape[2:]]]).expand(len(images), 4)  # [B,4]
+        return {"air": images.amin((1, 2, 3)).cpu(), "content": content}
 
     def apply(self, images: Tensor, params: Params, *, inplace: bool = False) -> Tensor:
         """Resample every image to [B,1,s,s], one pyramid level after the other."""
-        top, left, h, w = crop_box(params, images.shape[2], images.shape[3], self.aspect)  # [B] each
+        top, left, h, w = crop_box(params, params["content"], self.aspect)  # [B] each
         angle = params["rotation_deg"].deg2rad()
         across = torch.stack([angle.cos(), angle.sin()], 1) * (w / 2 * (1 - 2 * params["flip_lr"].float()))[:, None]
         down = torch.stack([-angle.sin(), angle.cos()], 1) * (h / 2 * (1 - 2 * params["flip_ud"].float()))[:, None]
@@ -134,6 +142,6 @@ class RandomResizedCrop(BatchTransform):
 
     def describe(self, params: Params, i: int) -> str:
         """Area of the crop as a fraction of a square image, rotation, mirroring."""
-        _, _, h, w = crop_box(select(params, slice(i, i + 1)), 1e4, 1e4, self.aspect)
+        _, _, h, w = crop_box(select(params, slice(i, i + 1)), torch.tensor([[0, 0, 1e4, 1e4]]), self.aspect)
         text = f"crop {float(h * w) / 1e8:.2f} · rot {float(params['rotation_deg'][i]):.0f}°"
         return text + " · lr" * bool(params["flip_lr"][i]) + " · ud" * bool(params["flip_ud"][i])

@@ -38,6 +38,8 @@ class Batch:
     """float32 [B], 99.5 percentile."""
     air: Tensor
     """float32 [B], what the padding holds."""
+    content: Tensor
+    """float32 [B,4], top, left, height and width in pixels of what is not padding."""
     modality: Tensor
     """int64 [B], index into ``modalities``."""
     scan: Tensor
@@ -79,9 +81,14 @@ def load_batch(store: Store, indices: ArrayLike) -> Batch:
 
     floats = {name: column(name, np.float32) for name in ("low", "high", "air", "position")}
     whole = {name: column(name, np.int64) for name in ("modality", "scan", "patient", "slice_index", "label")}
-    images = torch.from_numpy(store.physical(indices))[:, None]  # [B,1,S,S]
+    box = [column(f"content_{name}", np.float32) for name in ("top", "left", "height", "width")]  # [B] each
     return Batch(
-        index=torch.from_numpy(indices.copy()), images=images, **floats, **whole, modalities=store.info.modalities
+        index=torch.from_numpy(indices.copy()),
+        images=torch.from_numpy(store.physical(indices))[:, None],  # [B,1,S,S]
+        content=torch.stack(box, 1),
+        **floats,
+        **whole,
+        modalities=store.info.modalities,
     )
 
 
