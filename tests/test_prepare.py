@@ -326,7 +326,7 @@ def test_workers_write_the_same_bytes(tmp_path, monkeypatch):
 def test_shards_are_several_yet_bounded(tmp_path, size_px, n_shards, largest):
     table = read_manifest(mixed_cohort(tmp_path))
     rows = [replace(table.rows[0], scan_id=f"s{i}", n_slices=30) for i in range(20)]
-    file_rows = [replace(table.file_rows[0], scan_id=f"s{i}") for i in range(20)]
+    file_rows = [table.file_rows[0]._replace(scan_id=f"s{i}") for i in range(20)]
     shards = plan(replace(table, rows=rows, file_rows=file_rows), size_px)
     assert [row for shard in shards for row, _ in shard.scans] == rows
     assert len(shards) == n_shards

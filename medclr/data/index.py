@@ -218,7 +218,7 @@ def index(
             file_rows += _file_rows(row.scan_id, scan, namer)
         rejected = [Rejected(_rejected_name(namer, refusal), refusal.reason) for refusal in dict.fromkeys(refused)]
         if old:  # what an earlier run found in other folders stays
-            kept = {row.scan_id for row, place in old.located if row.kind == "image" and place.root not in folders}
+            kept = {row.scan_id for row, file in old.located if row.kind == "image" and file.root not in folders}
             rows |= {r.scan_id: replace(r, split=split_now(r.patient_id)) for r in old.rows if r.scan_id in kept}
             file_rows += [row for row in old.file_rows if row.scan_id in kept]
             rejected += _rejected_elsewhere(out, folders, namer, key_file)
@@ -365,7 +365,8 @@ def _file_rows(scan_id: str, scan: Scan, namer: Namer) -> Iterator[FileRow]:
         return (root if namer.keep_paths else "", namer(root, path))
 
     entry = scan.entry
-    for file, digest in zip(entry.files, entry.digests, strict=True):
+    yield from entry.file_rows
+    for file, digest in [] if entry.file_rows else zip(entry.files, entry.digests, strict=True):
         place = name(file.root, file.path)
         yield FileRow(scan_id, "image", *place, file.size, file.mtime_ns, entry.series, entry.patient, digest)
     if scan.mask:

@@ -16,14 +16,14 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 from medclr import files
-from medclr.data.places import Place, find_places
+from medclr.data.places import File, find_places
 from medclr.errors import MedclrError
 from medclr.scans.modality import MODALITIES
 from medclr.scans.policy import Plane, Policy
@@ -75,8 +75,7 @@ class ScanRow:
     """The name of the patient's split; '' if none was asked for."""
 
 
-@dataclass(frozen=True)
-class FileRow:
+class FileRow(NamedTuple):
     """One file of a scan. Its fields are the columns of ``NAME.files.csv``; slices stand in geometric order."""
 
     scan_id: str
@@ -86,7 +85,7 @@ class FileRow:
     path: str
     """Opaque id, or the path relative to ``root``; '/' between its parts."""
     size: int
-    """Bytes, and below nanoseconds since 1970, when the file was read: if both still hold it is not read again."""
+    """As in ``File``, when it was read, and below."""
     mtime_ns: int
     series: str
     """Keyed pseudonym of the DICOM series, by which later slices find their scan; '' for NIfTI and images."""
@@ -155,11 +154,14 @@ class Manifest:
     """Beside it stands where the files lie, if the tables hold opaque ids; None: ``default_key_file``."""
 
     @cached_property
-    def located(self) -> list[tuple[FileRow, Place]]:
-        """Each row of ``file_rows``, and where that file lies; MedclrError if the key's table does not know it."""
+    def located(self) -> list[tuple[FileRow, File]]:
+        """Each row of ``file_rows``, and that file; MedclrError if the key's table does not know where it lies."""
         ids = {row.path for row in self.file_rows if not row.root}
         places = find_places(self.key_file or default_key_file(), ids)
-        return [(row, Place(row.root, row.path) if row.root else places[row.path]) for row in self.file_rows]
+        return [
+            (row, File(*(places[row.path] if not row.root else (row.root, row.path)), row.size, row.mtime_ns))
+            for row in self.file_rows
+        ]
 
     @cached_property
     def files(self) -> dict[str, SourceFiles]:
@@ -167,8 +169,8 @@ class Manifest:
         images: dict[str, list[Path]] = {row.scan_id: [] for row in self.rows}
         masks: dict[str, Path] = {}
         names: dict[str, dict[Path, str]] = {row.scan_id: {} for row in self.rows}
-        for row, place in self.located:
-            path = place.absolute()
+        for row, file in self.located:
+            path = file.absolute()
             names[row.scan_id][path] = row.path
             if row.kind == "mask":
                 masks[row.scan_id] = path
@@ -409,6 +411,10 @@ def _optional_float(text: str) -> float | None:
 _PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float | None: _optional_float}
 
 
+def _columns(row_type: type[Row]) -> list[str]:
+    return list(row_type.__annotations__)
+
+
 def _read_table(path: Path, row_type: type[Row]) -> list[Row]:
     """Rows of a CSV whose columns are the fields of ``row_type``.
 
@@ -421,9 +427,9 @@ def _read_table(path: Path, row_type: type[Row]) -> list[Row]:
         raise MedclrError(f"{path}: no such file; medclr index writes it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MedclrError(f"{path}: cannot be read as a table ({error})") from error
-    names = [field.name for field in fields(row_type)]
+    names = _columns(row_type)
     hints = get_type_hints(row_type)
-    parsers = [_PARSERS.get(hints[name], str) for name in names]
+    parsers = [(i, _PARSERS[hints[name]]) for i, name in enumerate(names) if hints[name] in _PARSERS]
     table = csv.reader(io.StringIO(text, newline=""))
     header = next(table, [])
     if absent := [name for name in names if name not in header]:
@@ -431,12 +437,16 @@ def _read_table(path: Path, row_type: type[Row]) -> list[Row]:
     if unknown := [name for name in header if name not in names]:
         raise MedclrError(f"{path}: column {', '.join(map(repr, unknown))} is unknown; take it out")
     order = [header.index(name) for name in names]
+    is_sorted = header == names
     rows = []
-    for cells in table:
+    for line in table:
         try:
-            if len(cells) != len(header):
-                raise ValueError(f"{len(cells)} cells where {len(header)} columns are named")
-            rows.append(row_type(*(parse(cells[i]) for parse, i in zip(parsers, order, strict=True))))
+            if len(line) != len(header):
+                raise ValueError(f"{len(line)} cells where {len(header)} columns are named")
+            cells: list[Any] = line if is_sorted else [line[i] for i in order]
+            for i, parse in parsers:
+                cells[i] = parse(cells[i])
+            rows.append(row_type(*cells))
         except ValueError as error:
             raise MedclrError(f"{path}: line {table.line_num}: {error}") from None
     return rows
@@ -446,7 +456,7 @@ def _table(row_type: type[Row], rows: Sequence[Row]) -> str:
     """A CSV that ``_read_table`` reads back equal; None becomes an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    names = [field.name for field in fields(row_type)]
+    names = _columns(row_type)
     writer.writerow(names)
     writer.writerows(map(attrgetter(*names), rows))
     return text.getvalue()

@@ -9,6 +9,7 @@ looks into it.
 import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,22 @@ class Place(NamedTuple):
     """The absolute folder that was indexed, or that held the masks."""
     path: str
     """Relative to ``root``, '/' between its parts; '.' is the root itself."""
+
+    def absolute(self) -> Path:
+        """As one path."""
+        return Path(self.root, self.path)
+
+
+class File(NamedTuple):
+    """A file as it was found in its place: as long as nothing of this changes it is not read again."""
+
+    root: str
+    """As in ``Place``, and below."""
+    path: str
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """Nanoseconds since 1970."""
 
     def absolute(self) -> Path:
         """As one path."""
@@ -80,11 +97,12 @@ def find_places(key_file: Path, ids: Iterable[str]) -> dict[str, Place]:
     try:
         if wanted:
             with path.open(encoding="utf-8", errors="surrogateescape", newline="") as table:
-                places = {name: Place(*map(_plain, cells)) for name, *cells in _lines(table) if name in wanted}
+                places = {cells[0]: Place(cells[1], cells[2]) for cells in _lines(table) if cells[0] in wanted}
     except FileNotFoundError:
         pass
     except OSError as error:
         raise MedclrError(f"{path}: cannot be read ({error.strerror}); it says where the scans lie") from error
+    places |= {name: Place(*map(_plain, place)) for name, place in places.items() if "\\" in "".join(place)}
     if strange := wanted - places.keys():
         raise MedclrError(
             f"{path}: does not know {min(strange)}; was the manifest made with another key (--key-file), or on another"
@@ -128,7 +146,7 @@ def append(path: Path, columns: Sequence[str], lines: Mapping[str, Sequence[str]
 
 def _lines(table: Iterable[str]) -> Iterator[list[str]]:
     """The lines; one that somebody is still writing, or never finished, is passed over."""
-    return filter(None, csv.reader(line for line in table if line.endswith("\n")))
+    return filter(None, csv.reader(filter(methodcaller("endswith", "\n"), table)))
 
 
 def _whole(descriptor: int) -> int:
@@ -144,6 +162,4 @@ def _escaped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    if "\\" not in text:
-        return text
     return "\\".join(part.replace("\\n", "\n").replace("\\r", "\r") for part in text.split("\\\\"))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from medclr import files
 from medclr.data.manifest import FileRow, Manifest, ScanRow
-from medclr.data.places import Namer, Place
-from medclr.data.walk import File, Refused
+from medclr.data.places import File, Namer
+from medclr.data.walk import Refused
 from medclr.errors import MedclrError, ScanError
 from medclr.progress import progress
 from medclr.scans import HEAD_BYTES, NO_SCAN, Reader, bids, reader_of
@@ -57,6 +57,8 @@ class Entry:
     """A PNG, JPEG or TIFF: a patient has many, so one of an unknown patient is not taken for a patient of its own."""
     before: ScanRow | None = None
     """Its row in the manifest of an earlier run, if no file has changed."""
+    file_rows: tuple[FileRow, ...] = ()
+    """Those of its files there."""
 
     @property
     def root(self) -> str:
@@ -98,23 +100,27 @@ def entries_of(
 
 def _cached(found: Sequence[File], roots: Collection[str], old: Manifest, namer: Namer) -> list[Entry]:
     """Entries of the old manifest whose files are all as they were."""
-    there = {Place(file.root, file.path): file for file in found}
-    groups: defaultdict[str, list[tuple[FileRow, Place]]] = defaultdict(list)
-    for row, place in old.located:
-        if row.kind == "image" and place.root in roots:
-            groups[row.scan_id].append((row, place))
-    gone = [place for group in groups.values() for _, place in group if place not in there]
+    there = set(found)
+    groups: defaultdict[str, list[tuple[FileRow, File]]] = defaultdict(list)
+    for row, file in old.located:
+        if row.kind == "image" and file.root in roots:
+            groups[row.scan_id].append((row, file))
+    changed = [pair for group in groups.values() for pair in group if pair[1] not in there]
+    places = {(file.root, file.path) for file in found} if changed else set()
+    gone = [file for _, file in changed if (file.root, file.path) not in places]
     if gone:
         raise MedclrError(
-            f"{old.path}: {len(gone)} of its files are no longer there, the first is {namer.shown(*gone[0])};"
-            " bring them back, or choose another --out"
+            f"{old.path}: {len(gone)} of its files are no longer there, the first is"
+            f" {namer.shown(gone[0].root, gone[0].path)}; bring them back, or choose another --out"
         )
+    for row, _ in changed:
+        groups.pop(row.scan_id, None)
     entries = []
     for scan in old.rows:
-        group = groups.get(scan.scan_id, [])
-        now = tuple(there[place] for _, place in group)
-        if not now or any((a.size, a.mtime_ns) != (b.size, b.mtime_ns) for a, (b, _) in zip(now, group, strict=True)):
+        if scan.scan_id not in groups:
             continue
+        group = groups[scan.scan_id]
+        now = tuple(file for _, file in group)
         first = group[0][0]
         path = _path_of(now, first.series)
         entries.append(
@@ -133,6 +139,7 @@ def _cached(found: Sequence[File], roots: Collection[str], old: Manifest, namer:
                 volume=scan.volume,
                 irregular=scan.irregular,
                 before=scan,
+                file_rows=tuple(row for row, _ in group),
             )
         )
     return entries

@@ -96,8 +96,8 @@ def rekey(manifest: Path, out: Path, new_key_file: Path, *, key_file: Path | Non
             for row in old.rows
         ]
         file_rows = [
-            replace(
-                row, scan_id=new(row.scan_id), path=path(row.path), series=new(row.series), patient=new(row.patient)
+            row._replace(
+                scan_id=new(row.scan_id), path=path(row.path), series=new(row.series), patient=new(row.patient)
             )
             for row in old.file_rows
         ]

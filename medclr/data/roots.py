@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medclr.data.manifest import Manifest
-from medclr.data.walk import File, Refused, absolute_folders, files_below, refuse_nested
+from medclr.data.places import File
+from medclr.data.walk import Refused, absolute_folders, files_below, refuse_nested
 from medclr.errors import MedclrError, ScanError
 from medclr.sources import Brought, archive, bring, place, place_of
 
@@ -64,7 +65,7 @@ def files_of(roots: Roots, skip: Collection[Path | None], old: Manifest | None) 
     Raises:
         MedclrError: there is no file at all, or the archives do not fit on the disk.
     """
-    known = {(place, row.size, row.mtime_ns) for row, place in old.located} if old else set()
+    known = {file for _, file in old.located} if old else set()
     found: list[File] = []
     refused: list[Refused] = []
     for one in roots.brought:
@@ -78,8 +79,7 @@ def files_of(roots: Roots, skip: Collection[Path | None], old: Manifest | None) 
         here, strange = files_below(folder, [*skip, roots.copies])
         refused += strange
         for file in here:
-            is_known = ((file.root, file.path), file.size, file.mtime_ns) in known
-            if not is_known and not one.folder.is_relative_to(roots.copies) and _is_archive(file):
+            if file not in known and not one.folder.is_relative_to(roots.copies) and _is_archive(file):
                 inside, strange = _unpacked(file, roots.copies)
                 found += inside
                 refused += strange

@@ -8,25 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medclr.data.annotations import stem
+from medclr.data.places import File
 from medclr.errors import MedclrError
 
 _LABEL_FOLDERS = {"labels": "images", "labelsTr": "imagesTr", "labelsTs": "imagesTs"}
 """Folders of label maps, and those of their scans, as in the Medical Segmentation Decathlon and nnU-Net."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A file found on the way through a root."""
-
-    root: str
-    path: str
-    """Relative to ``root``, '/' between its parts."""
-    size: int
-    mtime_ns: int
-
-    def absolute(self) -> Path:
-        """Where it lies."""
-        return Path(self.root, self.path)
 
 
 @dataclass(frozen=True)
