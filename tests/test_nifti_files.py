@@ -2,6 +2,8 @@
 
 import gzip
 import logging
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -363,6 +365,14 @@ def test_every_damaged_file_is_refused_or_read(tmp_path: Path, name: str, mutate
         except ScanError:
             outcomes.append("refused")
     assert "refused" in outcomes
+
+
+def test_nothing_is_printed(tmp_path: Path) -> None:
+    """Not even what nibabel mends; in a process of its own, as pytest has handlers for whatever is logged."""
+    path = save(tmp_path / "a.nii", VOLUME, sizeof_hdr=347, qform_code=77)
+    code = f"from pathlib import Path; from medclr.scans import nifti; nifti.read([Path({str(path)!r})], 'CT')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_no_text_of_a_file_comes_out(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: Any) -> None:

@@ -4,6 +4,7 @@ A pair (``.hdr`` and ``.img``, either gzipped or not) is known by its header; th
 """
 
 import itertools
+import logging
 import math
 import re
 import zlib
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from nibabel import nifti1, nifti2
-from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ _TO_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _LABELS = (1002, 1003)  # NIFTI_INTENT_LABEL, _NEURONAME
 _NO_PICTURE = range(1004, 1011)  # _GENMATRIX, _SYMMATRIX, _DISPVECT, _VECTOR, _POINTSET, _TRIANGLE, _QUATERNION
 _CIFTI = range(3000, 3100)
+
+_SILENT = logging.Logger("nibabel")  # it would print what it mends
+_SILENT.addHandler(logging.NullHandler())
 
 _LONGEST = 2**15 - 1  # voxels along an axis: NIfTI-1 has no room for more
 _MOST_VOXELS = 2**30  # of one volume: 4 GiB as float32
@@ -119,8 +122,9 @@ def read_header(path: Path, data: bytes | None = None) -> Header:
         raise ScanError("is not NIfTI, or ends inside its header")
     header_type = _HEADERS[magic]
     try:
-        with LoggingOutputSuppressor(), np.errstate(all="ignore"):  # nibabel prints what it mends
-            header = header_type(start[: header_type.sizeof_hdr])  # extensions are of no interest
+        with np.errstate(all="ignore"):
+            header = header_type(start[: header_type.sizeof_hdr], check=False)  # extensions are of no interest
+            header.check_fix(_SILENT)
             dtype, affine = header.get_data_dtype(), np.asarray(header.get_best_affine(), dtype=np.float64)
             to_mm = _TO_MM[header.get_xyzt_units()[0]]
             offset = header.get_data_offset()
