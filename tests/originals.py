@@ -6,6 +6,7 @@ given, and small enhanced DICOM, NIfTI, PNG, TIFF and JPEG files written here.
 
 import gzip
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -58,8 +59,10 @@ def originals(zoo: Path | None = None) -> tuple[Original, ...]:
         for path in sorted(folder.rglob("*.dcm")):
             if path.stat().st_size <= LARGEST:
                 data = path.read_bytes()
-                try:
-                    meta = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
+                try:  # what is odd about some is the point of them
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        meta = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
                     syntax = _SYNTAXES.get(meta.TransferSyntaxUID, "other")
                 except Exception:
                     syntax = "other"

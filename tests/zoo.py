@@ -36,14 +36,26 @@ Voxels = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Explained:
-    """Why an independent reader differs, and how its values become ours if that can be said."""
+    """Why an independent reader differs, and, if that can be said, how what it reads from the file becomes ours."""
 
     why: str
-    as_ours: Callable[[Voxels], Voxels] | None = None
+    as_ours: Callable[[Reference, Path], Reference] | None = None
 
 
-_PALETTE = Explained("ITK keeps the high byte of a 16-bit palette: times 256 it is equal", lambda v: v * 256)
-_RLE = Explained("GDCM puts the bytes of colours of more than 8 bits in RLE together wrongly")
+def _high_bytes(reference: Reference, _: Path) -> Reference:
+    return replace(reference, voxels=reference.voxels * 256)
+
+
+def _ultrasound(reference: Reference, file: Path) -> Reference:
+    """With the pixel spacing of the first region, which is in centimetres (PS3.3 C.8.5.5.1.15)."""
+    region = pydicom.dcmread(file, stop_before_pixels=True).SequenceOfUltrasoundRegions[0]
+    assert (region.PhysicalUnitsXDirection, region.PhysicalUnitsYDirection) == (3, 3)
+    return replace(reference, spacing_mm=(1, 10 * region.PhysicalDeltaY, 10 * region.PhysicalDeltaX))
+
+
+_PALETTE = Explained("equal but for the palette, of whose 16 bits ITK keeps the high byte", _high_bytes)
+_REGIONS = Explained("equal but for the spacing, which ITK does not look for in ultrasound regions", _ultrasound)
+_RLE = Explained("GDCM puts the bytes of colours of more than 8 bits together wrongly")
 EXPLAINED = {
     ("mlut_18.dcm", "SimpleITK"): Explained("ITK applies a rescale, but no Modality LUT Sequence"),
     ("OBXXXX1A.dcm", "SimpleITK"): _PALETTE,
@@ -52,6 +64,8 @@ EXPLAINED = {
     ("OBXXXX1A_rle_2frame.dcm", "SimpleITK"): _PALETTE,
     ("OT-PAL-8-face.dcm", "SimpleITK"): _PALETTE,
     ("examples_palette.dcm", "SimpleITK"): _PALETTE,
+    ("examples_ybr_color.dcm", "SimpleITK"): _REGIONS,
+    ("JPGLosslessP14SV1_1s_1f_8b.dcm", "SimpleITK"): _REGIONS,
     ("SC_rgb_rle_16bit.dcm", "SimpleITK"): _RLE,
     ("SC_rgb_rle_16bit_2frame.dcm", "SimpleITK"): _RLE,
     ("SC_rgb_rle_32bit.dcm", "SimpleITK"): _RLE,
@@ -161,7 +175,7 @@ def _read(row: Row, found: Found) -> Row:
             continue
         known = EXPLAINED.get((row.name, reference.oracle))
         if known and known.as_ours:
-            reference = replace(reference, voxels=known.as_ours(reference.voxels))
+            reference = known.as_ours(reference, row.files[0])
         differences = tuple(compare(scan, reference, is_placed=bool(found.plane)))
         looks.append(Look(reference.oracle, differences, known.why if known else ""))
     return replace(row, scan=scan, looks=tuple(looks))
