@@ -10,7 +10,7 @@ from dicom_files import ENHANCED_CT, NOWHERE, SAGITTAL, at, enhanced, find, only
 
 from medclr.errors import ScanError
 from medclr.scans import dicom
-from medclr.scans.policy import ACCEPTED, Policy
+from medclr.scans.policy import ACCEPTED, DEFAULT, Policy
 
 
 def hounsfield(intercept: float) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def test_several_volumes_of_one_file(tmp_path: Path, name: str) -> None:
         read = dicom.read([path], volume=scan.volume, policy=ACCEPTED)
         assert read.voxels[:, 0, 0].tolist() == expected
         assert read.spacing_mm == scan.spacing_mm
-    with pytest.raises(ScanError, match="has no volume 2; there are 0, 1"):
-        dicom.read([path], volume=2)
+    with pytest.raises(ScanError, match="has no volume 5; there are 0, 1"):
+        dicom.read([path], volume=5)
     assert "holds 2 volumes, which --policy.volumes refuse keeps out" in only_reason(tmp_path, Policy(volumes="refuse"))
     (first,), _ = find(tmp_path, Policy(volumes="first"))
     assert (first.volume, first.irregular) == (0, "the first of 2 volumes")
@@ -102,7 +102,12 @@ def test_a_volume_number_means_the_same_frames_under_every_policy(tmp_path: Path
     (whole,), _ = find(tmp_path, Policy(missing="allow"))
     assert (whole.volume, whole.shape[0], whole.irregular) == (2, 5, "1 of 6 slices is missing")
     assert "1 of 6 slices is missing" in only_reason(tmp_path, Policy(missing="refuse"))
-    assert [dicom.read([path], volume=k).voxels[:, 0, 0].tolist() for k in (0, 1)] == [[0, 1, 2], [3, 4]]
+    for policy in (DEFAULT, ACCEPTED):
+        scans = [dicom.read([path], volume=k, policy=policy) for k in (0, 1)]
+        assert [scan.voxels[:, 0, 0].tolist() for scan in scans] == [[0, 1, 2], [3, 4]]
+        assert {scan.irregular for scan in scans} == {scan.irregular for scan in pieces}
+    with pytest.raises(ScanError, match="has no volume 2; there are 0, 1"):
+        dicom.read([path], volume=2)
     scan = dicom.read([path], volume=2, policy=ACCEPTED)
     assert scan.voxels[:, 0, 0].tolist() == [0, 1, 2, 3, 4]
     assert scan.spacing_mm[0] == 4

@@ -15,9 +15,9 @@ import numpy as np
 from medclr.errors import ScanError
 from medclr.scans.dicom_header import Header, read_header, read_whole
 from medclr.scans.dicom_pixels import physical
-from medclr.scans.dicom_series import Volume, find, volumes_of
+from medclr.scans.dicom_series import Volume, candidates, find, volumes_of
 from medclr.scans.modality import MODALITIES, Modality, Window
-from medclr.scans.policy import DEFAULT, Plane, Policy
+from medclr.scans.policy import ACCEPTED, DEFAULT, Plane, Policy
 from medclr.scans.scan import Scan, naming
 
 __all__ = ["Header", "find", "is_dicom", "read", "read_header"]
@@ -107,16 +107,18 @@ def read(
 def _one(files: Sequence[Path], headers: Sequence[Header], volume: int, policy: Policy) -> Volume:
     """The volume that the files hold, or that was asked for."""
     volumes, rejects = volumes_of(headers, policy)
+    if policy == ACCEPTED and len(files) == 1 and (known := candidates(headers[0])):
+        volumes, rejects = known, []  # one of these was accepted, under whatever policy
     if rejects:
         raise ScanError(f"{rejects[0][0]}: {rejects[0][1]}")
     if len(files) > 1:
         if len(volumes) != 1 or volume:
             raise ScanError(f"{files[0]}: the {len(files)} files hold {len(volumes)} scans; give those of one")
         return volumes[0]
-    numbers = {candidate.found.volume: candidate for candidate in volumes}
+    numbers = {each.found.volume: each for each in volumes}
     if volume not in numbers:
-        known = ", ".join(map(str, sorted(numbers)))
-        raise ScanError(f"{files[0]}: has no volume {volume}; there are {known}")
+        there = ", ".join(map(str, sorted(numbers)))
+        raise ScanError(f"{files[0]}: has no volume {volume}; there are {there}")
     return numbers[volume]
 
 

@@ -5,7 +5,7 @@ Read without the pixels and, for speed, without pydicom's conversions. What is n
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -135,8 +135,7 @@ def read_whole(path: Path) -> tuple[Dataset, Header]:
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
-            # What follows the pixels is of no use.
-            dataset = read_partial(bounded(inflated(file)), lambda tag, vr, length: tag > max(_PIXELS), force=True)
+            dataset = read_partial(bounded(inflated(file)), _behind_pixels(), force=True)
             _refuse_what_is_no_image(dataset)
             held = [raw(dataset, tag) for tag in sorted(_PIXELS) if tag in dataset]
             if not held:
@@ -150,6 +149,18 @@ def read_whole(path: Path) -> tuple[Dataset, Header]:
     except Exception as error:
         read_header(path)  # has the better reason, unless the break lies in or behind the pixels
         raise ScanError("is cut short or broken after its header") from error
+
+
+def _behind_pixels() -> Callable[[int, str | None, int], bool]:
+    """Where to stop reading: nothing behind the pixels is of use, whatever its tag."""
+    met = False
+
+    def stop(tag: int, vr: str | None, length: int) -> bool:
+        nonlocal met
+        behind, met = met, met or tag in _PIXELS
+        return behind
+
+    return stop
 
 
 def _refuse_what_is_no_image(dataset: Dataset) -> None:
@@ -267,5 +278,6 @@ def _check_hounsfield(dataset: Dataset, frames: int) -> None:
         holder = functional(dataset, frame, "PixelValueTransformationSequence") or dataset
         if not numbers(holder, "RescaleSlope", 1) or not numbers(holder, "RescaleIntercept", 1):
             raise ScanError("is a CT image without Rescale Slope and Intercept, so its Hounsfield units are unknown")
-        if text(holder, "RescaleType").upper() not in ("", "HU", "HU_MOD"):
+        # GDCM, and what is built on it, writes US (unspecified) into every CT that it converts.
+        if text(holder, "RescaleType").upper() not in ("", "HU", "HU_MOD", *(["US"] if holder is dataset else [])):
             raise ScanError("is a CT image whose Rescale Type says that its values are not Hounsfield units")

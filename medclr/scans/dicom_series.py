@@ -117,19 +117,24 @@ def volumes_of(headers: Iterable[Header], policy: Policy) -> tuple[list[Volume],
     return sorted(volumes, key=lambda volume: (volume.found.files, volume.found.volume)), sorted(rejects)
 
 
-def _of_file(header: Header, policy: Policy) -> tuple[list[Volume], list[Reject]]:
-    """Volumes of a multi-frame file.
+def candidates(header: Header) -> list[Volume]:
+    """Every volume that some policy makes of one file, in the order of their numbers.
 
-    They are numbered through all the ways in which a policy may divide the file, so that a number means the same
-    frames whatever the policy is; those of the default policy come first.
+    Counting all of them lets a number mean the same frames whatever the policy is. Those of the default come first.
     """
-    numbers: dict[tuple[int, ...], int] = {}
+    volumes: dict[tuple[int, ...], Volume] = {}
     for division in _DIVISIONS if header.slices else _DIVISIONS[:1]:
         for part in _frames_of(header, division):
-            if not part.refused:
-                numbers.setdefault(tuple(frame.number for frame in part.frames), len(numbers))
+            if part.grid and (key := _numbers(part.frames)) not in volumes:
+                volumes[key] = _volume(part, part.grid, len(volumes))
+    return list(volumes.values())
+
+
+def _of_file(header: Header, policy: Policy) -> tuple[list[Volume], list[Reject]]:
+    """Volumes of a multi-frame file."""
+    numbers = {_numbers(volume.frames): volume.found.volume for volume in candidates(header)}
     parts = _frames_of(header, policy)
-    kept = [(numbers[tuple(frame.number for frame in part.frames)], part, part.grid) for part in parts if part.grid]
+    kept = [(numbers[_numbers(part.frames)], part, part.grid) for part in parts if part.grid]
     refused = sorted({part.refused for part in parts if part.refused})
     if not kept:
         return [], [(header.path, "; ".join(refused))]
@@ -143,6 +148,10 @@ def _of_file(header: Header, policy: Policy) -> tuple[list[Volume], list[Reject]
         _volume(replace(part, irregular="; ".join(filter(None, (part.irregular, *notes)))), place, number)
         for number, part, place in kept
     ], []
+
+
+def _numbers(frames: Sequence[Frame]) -> tuple[int, ...]:
+    return tuple(frame.number for frame in frames)
 
 
 def _frames_of(header: Header, policy: Policy) -> list[_Part]:

@@ -49,7 +49,7 @@ _MOST_EXPANSION = 1024  # of encapsulated pixels, beyond the first 64 MiB, which
 _MOST_INFLATION = 64  # of a whole file, likewise
 _MOST_FRAMES = 2**17
 _FEW_BYTES = 2**20
-_FEW_STEPS = 500_000
+_FEW_STEPS = 150_000
 _FREE_BYTES = 64 * 2**20
 
 
@@ -110,7 +110,7 @@ def bounded(file: BinaryIO) -> BinaryIO:
     """The same file; reading it ends with a ScanError if it is nothing but millions of elements or items."""
     size = file.seek(0, 2)
     file.seek(0)
-    return file if size < _FEW_BYTES else cast(BinaryIO, _Bounded(file, max(_FEW_STEPS, size // 256)))
+    return file if size < _FEW_BYTES else cast(BinaryIO, _Bounded(file, max(_FEW_STEPS, size // 128)))
 
 
 def syntax_of(dataset: Dataset) -> UID:

@@ -24,7 +24,7 @@ class Policy:
     """Slices stacked off their normal (gantry tilt): refuse, or allow them with an affine that is sheared, exactly."""
 
     sizes: Literal["refuse", "split"] = "split"
-    """Slices of several sizes in one series: refuse all, or split them into scans of one size each."""
+    """Slices of several sizes in what would be one scan: refuse all, or split them into scans of one size each."""
 
     volumes: Literal["refuse", "first", "all"] = "all"
     """A file with several volumes (4D NIfTI, enhanced DICOM): refuse it, read the first, or all, each as a scan."""
