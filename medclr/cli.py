@@ -43,9 +43,7 @@ VERBS = {
     "dedup": Verb(
         "medclr.data.dedup", "find slices that repeat others, and write which to leave out", positional="store"
     ),
-    "describe": Verb(
-        "medclr.describe", "what is in a manifest or a store, as tables and a page", positional="cohort"
-    ),
+    "describe": Verb("medclr.describe", "what is in a manifest or a store, as tables and a page", positional="cohort"),
     "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)", resumes=True),
     "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
     "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),
