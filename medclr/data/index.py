@@ -165,7 +165,8 @@ def index(
             raise MedclrError(f"--out {out}: exists, but without {table.name} it cannot be added to; choose another")
     key = Pseudonyms(load_key(key_file, create=not grows))
     namer = Namer(key, key_file, keep_paths)
-    settings = Settings(key.name, keep_paths, plane, policy, fractions)
+    shares = ",".join(f"{name}={share:g}" for name, share in fractions.items()) if fractions else ""
+    settings = Settings(key.name, keep_paths, plane, policy, shares)
 
     with files.alone(out.parent, f".{out.name}.lock"):
         files.finish(tables)
@@ -232,8 +233,7 @@ def _earlier(out: Path, roots: Roots, settings: Settings, key_file: Path) -> Man
     then = read_settings(out)
     if then.key != settings.key:
         raise MedclrError(f"--out {out}: was made with another key; give its --key-file, or choose another --out")
-    if then.split is None:  # splits may be asked for later
-        then = replace(then, split=settings.split)
+    then = replace(then, split=then.split or settings.split)  # splits may be asked for later
     if other := differences(asdict(then), asdict(settings)):
         raise MedclrError(
             f"--out {out}: was made with other {', '.join(other)} (see {settings_path(out).name}); give the options of"

@@ -118,8 +118,8 @@ class Settings:
     keep_paths: bool
     plane: Plane | None
     policy: Policy
-    split: dict[str, float] | None = None
-    """Shares of the splits; who has a split keeps it, so these may not change."""
+    split: str = ""
+    """Shares of the splits, such as train=0.7,test=0.3; who has a split keeps it, so these may not change."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def decode(row: ScanRow, source: SourceFiles) -> tuple[Scan, NDArray[np.uint16] 
         if isinstance(error, OSError) and error.errno is not None:
             where = error.filename or source.image[0]
             raise MedclrError(f"{where}: cannot be read ({error.strerror}); mend that and run again") from error
-        raise ScanError(f"{type(error).__name__}: {error}") from error
+        raise ScanError(f"cannot be decoded ({type(error).__name__})") from error  # its text may quote a header
 
 
 def write_shard(
