@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-0000100.pt          training state, tensors and plain types only
 RUN/checkpoints/step-0000100.pt.sha256   its checksum, as sha256sum writes it; written last
+RUN/checkpoints/best.pt                  the same, of the step that the monitor liked best
 RUN/encoder/encoder.safetensors          the encoder's tensors
 RUN/encoder/encoder.json                 architecture, input size, origin, and the checksum of the tensors; written last
 """
@@ -22,26 +23,26 @@ from torch import Tensor
 from medclr import files
 from medclr.errors import MedclrError
 
-KEEP = 2
-"""How many checkpoints stay: the newest, and the one before it in case that is damaged."""
-
 FORMAT_VERSION = 1
 """Of encoder.json."""
 
 log = logging.getLogger(__name__)
 
 
-def save(run_dir: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the training ``state`` after ``step`` steps, and remove checkpoints older than the last ``KEEP``.
+def save(run_dir: Path, step: int, state: dict[str, Any], *, keep: int = 2, best: bool = False) -> Path:
+    """Write the training ``state`` after ``step`` steps, and remove all but the newest ``keep`` checkpoints.
 
-    ``state`` holds tensors, numbers, strings, and lists and dicts of these; only such can be loaded.
+    ``state`` holds tensors, numbers, strings, and lists and dicts of these; only such can be loaded. With ``best`` it
+    is the best one instead, which stays until a better one comes.
     """
-    path = run_dir / "checkpoints" / f"step-{step:07d}.pt"
+    path = run_dir / "checkpoints" / ("best.pt" if best else f"step-{step:07d}.pt")
     content = io.BytesIO()
     torch.save(state, content)
+    if best:  # between its two files it is damaged, and nobody resumes from it
+        _checksum_path(path).unlink(missing_ok=True)
     checksum = _write(path, content.getbuffer())
     files.write_text(_checksum_path(path), f"{checksum}  {path.name}\n")
-    for old in _checkpoints(run_dir)[:-KEEP]:
+    for old in _checkpoints(run_dir)[:-keep]:
         _checksum_path(old).unlink(missing_ok=True)
         old.unlink()
     return path
@@ -71,8 +72,17 @@ def load(path: Path) -> dict[str, Any]:
     """
     if (damage := _damage(path)) is not None:
         raise MedclrError(f"{path} {damage}; remove it to resume from the checkpoint before it")
+    return from_bytes(path.read_bytes(), path)
+
+
+def from_bytes(content: bytes, path: Path) -> dict[str, Any]:
+    """The training state in the bytes of the checkpoint ``path``, its tensors on the CPU.
+
+    Raises:
+        MedclrError: it is not one.
+    """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise MedclrError(f"{path} is not a checkpoint of medclr ({error}); remove it") from error
     return state

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medclr.errors import MedclrError
+from medclr.errors import MedclrError, Terminated
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 something the user can mend, 130 interrupted."""
+    """Run one command; the exit status: 0 done or saved at SIGTERM, 2 what the user can mend, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"medclr {medclr.__version__}")
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)  # a batch system's stop is a Ctrl-C: save and leave
+    signal.signal(signal.SIGTERM, _terminate)  # a batch system's stop is a Ctrl-C: save and leave
     try:
         result = _run(words[0], words[1:])
     except MedclrError as error:
@@ -85,16 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("medclr: the disk is full; free some space and run the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        again = "; the same command again goes on" if words[0] in VERBS and VERBS[words[0]].resumes else ""
+        resumes = words[0] in VERBS and VERBS[words[0]].resumes
+        again = "; the same command again goes on" if resumes else ""
         print(f"medclr: {str(interruption) or f'interrupted{again}'}", file=sys.stderr)
-        return 130
+        return 0 if resumes and isinstance(interruption, Terminated) else 130
     if result is not None:
         print(result)
     return 0
 
 
-def _interrupt(signum: int, frame: types.FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _terminate(signum: int, frame: types.FrameType | None) -> None:
+    raise Terminated
 
 
 def _run(name: str, arguments: list[str]) -> Any:

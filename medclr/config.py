@@ -138,6 +138,9 @@ class MonitorConfig:
     checkpoint_minutes: float = 10.0
     """A checkpoint at least this often, and at the end and when interrupted."""
 
+    keep: int = 2
+    """How many of the newest checkpoints stay; the best one (by kNN, without labels by the loss) stays besides."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -155,8 +158,19 @@ class PretrainConfig:
     batch: int = 256
     """Slices a step; each gives two views. The last partial batch of an epoch is dropped."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the network; loss and weights stay in float32."""
+    chunk: int | None = None
+    """Gradient caching: slices that go through the network at once, over all processes, so that memory does not grow
+    with batch; exact, at about a third more time. Batch norm takes its statistics over one view of a chunk."""
+
+    precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Arithmetic of the network. bfloat16 and float16 are autocast: loss and weights stay in float32. float64 is slow
+    and shows what rounding does."""
+
+    compile: bool = False
+    """Let torch.compile translate the network; it takes minutes at the start."""
+
+    skip_nonfinite: int = 0
+    """Steps whose loss or gradient is not finite that are left out, weights unchanged, before the run stops."""
 
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
@@ -187,12 +201,15 @@ class PretrainConfig:
                     self.optim.lr_scaling == "sqrt" or self.optim.lr is not None,
                     "sqrt where optim.lr is null, because the optimizers' own rates go with that",
                 ),
+                "chunk": (self.chunk is None or self.chunk >= 2, "at least 2, or null"),
+                "skip_nonfinite": (self.skip_nonfinite >= 0, "at least 0"),
                 "optim.weight_decay": (self.optim.weight_decay >= 0, "at least 0"),
                 "optim.momentum": (0 <= self.optim.momentum < 1, "at least 0 and below 1"),
                 "optim.warmup": (0 <= self.optim.warmup < 1, "a share of the run, at least 0 and below 1"),
                 "monitor.every_epochs": (self.monitor.every_epochs >= 1, "at least 1"),
                 "monitor.sample": (self.monitor.sample >= 2, "at least 2, because spread takes two"),
                 "monitor.checkpoint_minutes": (self.monitor.checkpoint_minutes >= 0, "at least 0"),
+                "monitor.keep": (self.monitor.keep >= 1, "at least 1"),
             }
         )
 
@@ -262,10 +279,11 @@ def to_yaml(settings: dict[str, Any]) -> str:
     return str(yaml.safe_dump(_plain(settings), sort_keys=False, default_flow_style=None, width=120))
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Dotted names of the settings in which two resolved configurations differ."""
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the settings in which two resolved configurations differ, with both values."""
     flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
-    return sorted(key for key in flat_a.keys() | flat_b.keys() if flat_a.get(key) != flat_b.get(key))
+    pairs = {key: (flat_a.get(key), flat_b.get(key)) for key in sorted(flat_a.keys() | flat_b.keys())}
+    return {key: (was, now) for key, (was, now) in pairs.items() if was != now}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -4,14 +4,18 @@ Convention: each process has its own loss, the run's loss is their mean, and Dis
 gradients. So what crosses processes in the backward pass is summed here, and one process and many take the same step.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class _AllGather(torch.autograd.Function):
@@ -57,6 +61,7 @@ class _GlobalBatchNorm(_BatchNorm):
         assert running_var is not None
         assert self.momentum is not None
         if self.training:
+            keeps = self.track_running_stats  # unless they are held still: medclr/step.py
             axes = [0, *range(2, input.ndim)]
             count = (
                 input.numel() // input.shape[1] * dist.get_world_size()
@@ -64,10 +69,11 @@ class _GlobalBatchNorm(_BatchNorm):
             mean = _AllReduce.apply(input.sum(axes) / count)  # [C]
             centred = input - mean.view(shape)  # [n,C,...]
             var = _AllReduce.apply(centred.square().sum(axes) / count)  # [C]: a second pass, so that nothing cancels
-            if self.num_batches_tracked is not None:
+            if keeps:
+                assert self.num_batches_tracked is not None
                 self.num_batches_tracked.add_(1)
-            running_mean.lerp_(mean.detach(), self.momentum)
-            running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+                running_mean.lerp_(mean.detach(), self.momentum)
+                running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
         else:
             centred, var = input - running_mean.view(shape), running_var
         out: Tensor = centred * (var + self.eps).rsqrt().view(shape)  # [n,C,...]
@@ -86,16 +92,29 @@ class Group:
     world_size: int = 1
     """Number of processes."""
 
+    control: Any = None
+    """Torch's handle for small messages between CPUs, which never wait for a GPU."""
+
     @classmethod
-    def from_environment(cls) -> "Group":
-        """Join the group that ``torchrun`` describes in the environment (nccl on GPUs, else gloo), if it does."""
+    def from_environment(cls, device: str = "auto") -> "Group":
+        """Join the group that ``torchrun`` describes in the environment, if it does.
+
+        Args:
+            device: gloo connects CPUs, nccl GPUs; auto: GPUs where there are some.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        if torch.cuda.is_available():
+        on_gpu = torch.cuda.is_available() and device != "cpu"
+        if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+            dist.init_process_group("nccl" if on_gpu else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if on_gpu else None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[n,...] of each process -> [n*W,...] in the order of ranks; carries gradient."""
@@ -112,18 +131,48 @@ class Group:
         dist.all_reduce(x)
         return x / self.world_size
 
+    def highest(self, value: int) -> int:
+        """The highest ``value`` of all processes: agreed by all, so that they act alike."""
+        if self.world_size == 1:
+            return value
+        agreed = torch.tensor(value)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
+        return int(agreed)
+
+    def from_first(self, content: bytes) -> bytes:
+        """The ``content`` of rank 0, in every process."""
+        if self.world_size == 1:
+            return content
+        length = self.highest(len(content) if self.is_first else 0)
+        buffer = torch.empty(length, dtype=torch.uint8)
+        if self.is_first and length:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(buffer, 0, group=self.control)
+        return buffer.numpy().tobytes()
+
     def replicate(self, module: nn.Module) -> nn.Module:
         """``module`` with the weights of rank 0 and gradients averaged over the processes. Call it, not its methods."""
         if self.world_size == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module)
+        # Running statistics are equal everywhere, as batch norm is global; to copy them would cost time at each step.
+        # torch 2.13 has another name for the option, and warns of the old one.
+        names = signature(nn.parallel.DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        options: dict[str, Any] = {option: False}
+        return nn.parallel.DistributedDataParallel(module, **options)
 
-    def sync_batch_norm(self, module: nn.Module) -> nn.Module:
+    def unsynchronised(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside, backward passes through the ``replicate``d module add up gradients without averaging them yet."""
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.no_sync()
+        return contextlib.nullcontext()
+
+    def sync_batch_norm(self, module: Module) -> Module:
         """``module`` with its batch norms taking their statistics over all processes; same tensors, same names."""
         if self.world_size == 1:
             return module
         if next(module.parameters()).is_cuda:
-            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            converted: Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
             return converted
         for part in list(module.modules()):
             if isinstance(part, _BatchNorm):
@@ -133,7 +182,7 @@ class Group:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
     def close(self) -> None:
         """Leave the group."""

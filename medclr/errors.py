@@ -8,5 +8,9 @@ class MedclrError(Exception):
     """Any condition that the user can mend; ``str(error)`` is the one clear sentence."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, a scheduler's request to leave: what is done is saved and the exit status is 0, for a later go."""
+
+
 class ScanError(MedclrError):
     """A file that is not, or cannot safely become, a scan. Its text is the reason that stands in the rejects."""

@@ -1,48 +1,41 @@
 """THE pretraining loop: slices in, two views each, one contrastive step, until the schedule ends.
 
 A run is a function of its settings and its store: sample order, views and initial weights are keyed by (seed, epoch)
-and (seed, step), so a run that was killed and resumed has the same weights as one that was not.
+and (seed, step), so a run that was killed and resumed has the same weights as one that was not, and a run on several
+processes those of a run on one.
 """
 
 import contextlib
 import math
-import os
-import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from medclr import checkpoint, figures, methods, monitor
-from medclr.augment.views import describe, plain_view, two_views
-from medclr.config import (
-    PretrainConfig,
-    dataclass_options,
-    differences,
-    option_parser,
-    parse,
-    read_yaml,
-    to_plain,
-    to_yaml,
-)
-from medclr.data.leave_out import left_out, pinned
+from medclr.augment.views import Draws
+from medclr.data.leave_out import left_out
 from medclr.data.loader import Loader, load_batch
 from medclr.data.store import Store
+from medclr.distributed import Group
 from medclr.errors import MedclrError
-from medclr.files import LOCK_NAME, alone, write_text
+from medclr.files import alone
+from medclr.look import Indices, draw_views, look
 from medclr.memory import keep_freed_memory
+from medclr.methods import PretrainingMethod
 from medclr.models.encoder import Encoder, build_encoder
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
 from medclr.progress import duration, progress
+from medclr.request import Request, open_run, read_settings
+from medclr.step import GaveUp, Plan, Result, Step, plan_of
+from medclr.stop import StopRequest
 from medclr.track import Backend, Tracker, check, read_metrics
 
 CURVES = {
@@ -54,15 +47,18 @@ CURVES = {
     "images_per_s": "slices a second",
 }
 
+SPEED_STEPS = 10
+"""The speed is that of the last so many steps."""
 
-RUN_FILES = {"config.yaml", "metrics.jsonl", "checkpoints", "encoder", "figures", "tensorboard", "mlflow.db", LOCK_NAME}
-"""All that a run writes, and so all that --overwrite may remove."""
+SHOWN = ("loss", "knn", "effective_rank", "uniformity")
+"""Figures beside the bar, and in the summary."""
 
-Indices = NDArray[np.int64]
+SEND_EVERY = 10
+"""Each step has its row in metrics.jsonl; TensorBoard and MLflow get every tenth."""
 
-LOG_EVERY = 10
-"""Steps between two rows of metrics.jsonl; the first and the last step have theirs too."""
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+DTYPES = {"float64": torch.float64}
 
 SETTLED_STEPS = 50
 """Before that the running statistics of batch norm (momentum 0.1) still hold their start, and eval mode misleads."""
@@ -118,235 +114,206 @@ def command(arguments: Sequence[str]) -> RunSummary:
     return _train(request, Store(request.store))
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked for."""
+@dataclass
+class State:
+    """All that a run needs to go on, besides its settings: the content of a checkpoint."""
 
-    store: Path
-    out: Path
-    track: Backend | None
-    overwrite: bool
-    settings: PretrainConfig
-    own: Any
-    """The method's Config."""
+    method: PretrainingMethod
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    store: Mapping[str, Any]
+    """What it is trained on."""
+    step: int = 0
+    """Steps that are done."""
+    skipped: int = 0
+    """Steps that were left out because they were not finite."""
+    seconds: float = 0.0
+    """What it took, over all stretches."""
+    best: float = -math.inf
+    """Score of the best checkpoint."""
 
-    @property
-    def resolved(self) -> dict[str, Any]:
-        """All settings as plain types: the content of config.yaml."""
-        return {**to_plain(self.settings), self.settings.method: to_plain(self.own)}
+    _PARTS: ClassVar = ("method", "optimizer", "scaler")
+    _FACTS: ClassVar = ("store", "step", "skipped", "seconds", "best")
 
+    def content(self) -> dict[str, Any]:
+        """Tensors and plain types."""
+        parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
+        return parts | {name: getattr(self, name) for name in self._FACTS}
 
-def read_settings(arguments: Sequence[str]) -> Request:
-    """Parse the options of ``medclr pretrain``.
+    def resume(self, out: Path, group: Group) -> None:
+        """Go on from the newest whole checkpoint, if there is one; it is read by the first process alone.
 
-    Raises:
-        MedclrError: an unknown setting, a wrong type, or a value that cannot work.
-    """
-    name = _chosen_method(arguments)
-    module = methods.get(name)
-
-    def add(parser: Any) -> None:
-        parser.add_argument("--store", type=Path, required=True, help="Slice store that `medclr prepare` wrote.")
-        parser.add_argument("--out", type=Path, required=True, help="Run folder; the same command again resumes it.")
-        parser.add_argument("--track", type=Backend | None, help="Also log to TensorBoard or MLflow (extras).")
-        parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that is in --out.")
-        dataclass_options(parser, PretrainConfig)
-        dataclass_options(parser, module.Config, name)
-
-    parser = option_parser("medclr pretrain", "Train an encoder on unlabelled slices.", add, config=True)
-    options = parse(parser, arguments)
-    settings = PretrainConfig(**{field.name: getattr(options, field.name) for field in fields(PretrainConfig)})
-    settings = replace(settings, data=pinned(settings.data))
-    own = getattr(options, name)
-    return Request(options.store, options.out, options.track, options.overwrite, settings, own)
-
-
-def _chosen_method(arguments: Sequence[str]) -> str:
-    """The method decides which settings exist, so it is read before them: option first, then file, then default."""
-    import argparse
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    first.add_argument("--config", type=Path)
-    chosen, _ = first.parse_known_args(list(arguments))
-    return str(
-        chosen.method or (read_yaml(chosen.config).get("method") if chosen.config else None) or PretrainConfig.method
-    )
-
-
-def _open_run(request: Request) -> None:
-    """Make the run folder, or accept one with the same settings."""
-    out, existing = request.out, request.out / "config.yaml"
-    if not existing.exists():
-        if out.exists() and (not out.is_dir() or any(p.name != LOCK_NAME for p in out.iterdir())):
-            raise MedclrError(f"{out}: exists and is not a run of medclr; choose another --out")
-    elif request.overwrite:
-        if strange := sorted(p.name for p in out.iterdir() if p.name not in RUN_FILES):
-            raise MedclrError(
-                f"{out}: holds {strange[0]}, which no run wrote, and is not overwritten; choose another --out"
-            )
-        for name in RUN_FILES - {LOCK_NAME}:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    else:
-        if changed := differences(read_yaml(existing), request.resolved):
-            advice = "choose another --out, or --overwrite true"
-            raise MedclrError(f"{out}: holds a run with other settings ({', '.join(changed)}); {advice}")
-        return
-    write_text(existing, to_yaml(request.resolved))
+        Raises:
+            MedclrError: all checkpoints are damaged, or it was trained on another store.
+        """
+        newest = checkpoint.latest(out) if group.is_first else None
+        content = group.from_first(newest.read_bytes() if newest else b"")
+        if not content:
+            return
+        saved = checkpoint.from_bytes(content, newest or out)
+        if saved["store"] != self.store:
+            raise MedclrError(f"{out}: was trained on a store of another manifest or slice size; choose another --out")
+        for name in self._PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        for name in self._FACTS:
+            setattr(self, name, saved[name])
 
 
 def _train(request: Request, store: Store) -> RunSummary:
-    settings, out = request.settings, request.out
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MedclrError("this medclr pretrains in one process; start it without torchrun")
-    device = _device(settings.device)
-    keep_freed_memory()
-    indices = store.indices(settings.data.split)  # [n]
-    if settings.data.leave_out:
-        indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
-    loader = Loader(store, indices, settings.batch, settings.seed, slices_per_scan=settings.data.slices_per_scan)
-    check(request.track)
-    _open_run(request)  # after all that can be refused: a run that never started leaves nothing
-    with alone(out):
-        return _loop(request, store, indices, loader, device)
+    settings = request.settings
+    group = Group.from_environment(settings.device)
+    try:
+        device = _device(settings.device)
+        keep_freed_memory()
+        indices = store.indices(settings.data.split)  # [n]
+        if settings.data.leave_out:
+            indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
+        plan = plan_of(settings.batch, settings.chunk, group)
+        per_scan = settings.data.slices_per_scan
+        loader = Loader(store, indices, settings.batch, settings.seed, plan.rows, plan.pieces, per_scan)
+        check(request.track)
+        if not group.is_first:
+            return _loop(request, loader, plan, group, device)
+        open_run(request)  # after all that can be refused: a run that never started leaves nothing
+        with alone(request.out):
+            return _loop(request, loader, plan, group, device)
+    finally:
+        group.close()
 
 
-def _loop(request: Request, store: Store, indices: Indices, loader: Loader, device: torch.device) -> RunSummary:
-    settings, out, total = request.settings, request.out, request.settings.epochs * loader.steps_per_epoch
+def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: torch.device) -> RunSummary:
+    settings, out, store = request.settings, request.out, loader.store
+    per_epoch, total = loader.steps_per_epoch, settings.epochs * loader.steps_per_epoch
     torch.manual_seed(settings.seed)  # initial weights; nothing later draws from the global generator
     encoder = build_encoder(settings.encoder, settings.views.size_px)
-    method = methods.get(settings.method).Method(request.own, encoder).to(device, memory_format=torch.channels_last)
-    groups = param_groups(method, settings.optim.weight_decay)
+    method = methods.get(settings.method).Method(request.own, encoder)
+    method.to(device, DTYPES.get(settings.precision, torch.float32), memory_format=torch.channels_last)
+    method = group.sync_batch_norm(method)
     peak_lr = scaled_lr(settings.optim.base_lr, settings.batch, settings.optim.lr_scaling)
+    groups = param_groups(method, settings.optim.weight_decay)
     optimizer = build_optimizer(settings.optim.name, groups, lr=peak_lr, momentum=settings.optim.momentum)
+    take_step = Step(method, optimizer, plan, group, AUTOCAST.get(settings.precision), compiled=settings.compile)
     warmup_steps = round(settings.optim.warmup * total)
-
-    step = 0
     origin = {"manifest_sha256": store.info.manifest_sha256, "size_px": store.info.size_px}
-    newest = checkpoint.latest(out)
-    if newest is None:
-        _draw_views(store, indices, settings, out)
-    else:
-        saved = checkpoint.load(newest)
-        if saved["store"] != origin:
-            raise MedclrError(f"{out}: was trained on a store of another manifest or slice size; choose another --out")
-        step = saved["step"]
-        method.load_state_dict(saved["method"])
-        optimizer.load_state_dict(saved["optimizer"])
+    state = State(method, optimizer, take_step.scaler, origin)
+    state.resume(out, group)
+    before = state.seconds
 
-    def save() -> None:
-        state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint.save(out, step, {**state, "step": step, "store": origin})
+    def save(*, best: bool = False) -> None:
+        if group.is_first:
+            state.seconds = before + time.perf_counter() - started
+            checkpoint.save(out, state.step, state.content(), keep=settings.monitor.keep, best=best)
 
-    def require_finite(loss: Tensor) -> float:
-        value = loss.item()  # waits for the device: not at each step
-        if not math.isfinite(value):
-            advice = "lower optim.lr or lengthen optim.warmup, and choose another --out"
-            raise MedclrError(f"{out}: the loss is not finite at step {step}; {advice}")
-        return value
+    def watch(loss: float) -> dict[str, float]:
+        """Figures of the monitor; the weights are kept if they are the best so far."""
+        seen = look(method, store, loader.indices, settings, device)
+        if state.step >= max(warmup_steps, SETTLED_STEPS) and (warning := monitor.collapse_warning(seen)):
+            print(f"medclr: warning: step {state.step}: {warning}", file=sys.stderr)
+        if (score := seen.get("knn", -loss)) > state.best:
+            state.best = score
+            save(best=True)
+        return seen
 
-    def watch() -> dict[str, float]:
-        figures = _look(method, store, indices, settings, device)
-        tracker.write(step, figures)
-        if step >= max(warmup_steps, SETTLED_STEPS) and (warning := monitor.collapse_warning(figures)):
-            print(f"medclr: warning: step {step}: {warning}", file=sys.stderr)
-        return figures
-
+    if group.is_first and state.step == 0:
+        draw_views(store, loader.indices, settings, out)
     last: dict[str, float] = {}  # the newest of each figure: shown beside the bar, and in the summary
-    started = saved_at = clock = time.perf_counter()
-    clock_step = step
+    started = saved_at = time.perf_counter()
+    ended = deque([started], maxlen=SPEED_STEPS + 1)  # when each of the last steps was
     with (
-        Tracker(out, step=step, backend=request.track) as tracker,
-        progress("pretrain", total * settings.batch, "slices", done=step * settings.batch) as advance,
-        _stop_at_step_end() as stop,
+        _report(request, total, state.step, group) as report,
+        StopRequest(group) as stop,
+        contextlib.closing(loader.epochs(state.step, settings.epochs)) as batches,
     ):
-        for epoch in range(step // loader.steps_per_epoch, settings.epochs):
-            for batch in loader.epoch(epoch, start_step=step % loader.steps_per_epoch):
-                views = two_views(batch, settings.views, seed=settings.seed, step=step, device=device)  # a, b [B,1,s,s]
-                for group in optimizer.param_groups:
-                    group["lr"] = peak_lr * warmup_cosine(step, total, warmup_steps)
-                method.train()
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                    loss, logs = method.loss(views.a, views.b, batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                step += 1
+        while state.step < total:
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = peak_lr * warmup_cosine(state.step, total, warmup_steps)
+            draws = Draws(settings.views, settings.batch, seed=settings.seed, step=state.step)
+            try:
+                result = take_step(batches, draws, stop.asked)
+            except GaveUp:
+                save()
+                raise stop.leaving(state.step, total, out) from None
+            state.skipped += result.is_lost
+            if state.skipped > settings.skip_nonfinite:
+                raise MedclrError(_not_finite(result, state.step, store, draws, plan, group, device, out))
+            state.step += 1
 
-                now = time.perf_counter()
-                if step % LOG_EVERY == 0 or step in (1, total):
-                    row = {"loss": require_finite(loss), **{name: float(value) for name, value in logs.items()}}
-                    speed = (step - clock_step) * settings.batch / (now - clock)
-                    row |= {"epoch": step / loader.steps_per_epoch, "lr": group["lr"], "images_per_s": speed}
-                    tracker.write(step, row)
-                    clock, clock_step, last = now, step, last | {"loss": row["loss"]}
-                advance(settings.batch, f"epoch {epoch + 1}/{settings.epochs}{_words(last)}")
-                if stop() or now - saved_at > 60 * settings.monitor.checkpoint_minutes:
-                    require_finite(loss)
-                    save()
-                    saved_at = now
-                if stop():
-                    raise KeyboardInterrupt(f"saved step {step} of {total} in {out}; the same command again goes on")
-            if (epoch + 1) % settings.monitor.every_epochs == 0 or step == total:
-                require_finite(loss)
-                last |= watch()
-                clock, clock_step = time.perf_counter(), step
-        save()
-    _finish(request, encoder, store, indices)
-    return RunSummary(out, step, time.perf_counter() - started, last or _last_figures(out))
+            epoch, within = divmod(state.step, per_epoch)
+            ended.append(time.perf_counter())
+            speed = (len(ended) - 1) * settings.batch / (ended[-1] - ended[0])
+            row = {"loss": result.loss, "grad_norm": result.grad_norm, **result.logs}
+            row |= {"epoch": state.step / per_epoch, "lr": parameters["lr"], "images_per_s": speed}
+            is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == total
+            if is_watched and group.is_first:
+                row |= watch(result.loss)
+            last |= {key: value for key, value in row.items() if key in SHOWN}
+            report(state.step, row, is_watched, f"epoch {-(-state.step // per_epoch)}/{settings.epochs}{_words(last)}")
+
+            now = time.perf_counter()
+            if is_watched:
+                ended.clear()
+                ended.append(now)
+            is_stopped = stop.asked() and state.step < total
+            if is_stopped or state.step == total or now - saved_at > 60 * settings.monitor.checkpoint_minutes:
+                save()
+                saved_at = now
+            if is_stopped:
+                raise stop.leaving(state.step, total, out)
+    if group.is_first:
+        _finish(request, encoder, store, loader.indices)
+    group.barrier()  # nobody leaves before the run is whole
+    return RunSummary(out, state.step, before + time.perf_counter() - started, last or _last_figures(out))
 
 
-def _look(
-    method: methods.PretrainingMethod,
+@contextlib.contextmanager
+def _report(request: Request, total: int, step: int, group: Group) -> Iterator[Callable[..., None]]:
+    """Yield ``report(step, row, is_watched, note)``: a row of metrics.jsonl and the bar; only the first process does.
+
+    TensorBoard and MLflow get every tenth row, and those with figures of the monitor.
+    """
+    if not group.is_first:
+        yield lambda step, row, is_watched, note: None
+        return
+    batch = request.settings.batch
+    with (
+        Tracker(request.out, step=step, backend=request.track) as tracker,
+        progress("pretrain", total * batch, "slices", done=step * batch) as advance,
+    ):
+
+        def report(step: int, row: Mapping[str, float], is_watched: bool, note: str) -> None:
+            tracker.write(step, row, send=is_watched or step % SEND_EVERY == 0)
+            advance(batch, note)
+
+        yield report
+
+
+def _not_finite(
+    result: Result,
+    step: int,
     store: Store,
-    indices: Indices,
-    settings: PretrainConfig,
+    draws: Draws,
+    plan: Plan,
+    group: Group,
     device: torch.device,
-) -> dict[str, float]:
-    """Figures of the monitor on a fixed sample of training slices, from the network in eval mode."""
-    rng = np.random.default_rng([settings.seed, 1])
-    sample = np.sort(rng.permutation(indices)[: settings.monitor.sample])  # [n]
-    method.eval()
-    features, embeddings, labels, patients = [], [], [], []
-    with torch.inference_mode():
-        for part in np.array_split(sample, -(-len(sample) // 256)):
-            batch = load_batch(store, part)
-            x = plain_view(batch.to(device), settings.views.size_px)  # [b,1,s,s]
-            f, z = method.embed(x)  # [b,F], [b,K]
-            features.append(f)
-            embeddings.append(z)
-            labels.append(batch.label)
-            patients.append(batch.patient)
-    z = torch.cat(embeddings).float().cpu()  # [n,K]
-    figures = {"effective_rank": monitor.effective_rank(z), "uniformity": monitor.uniformity(z)}
-    knn = monitor.knn_accuracy(torch.cat(features).float().cpu(), torch.cat(labels).cpu(), torch.cat(patients).cpu())
-    return figures if math.isnan(knn) else {**figures, "knn": knn}
-
-
-def _draw_views(store: Store, indices: Indices, settings: PretrainConfig, out: Path, n: int = 8) -> None:
-    """The contact sheet: source slices and the two views of each, captioned with the parameters drawn."""
-    rng = np.random.default_rng([settings.seed, 2])
-    modality = store.column("modality")[indices]  # [n]
-    kinds = np.unique(modality)
-    chosen = [rng.choice(indices[modality == kinds[i % len(kinds)]]) for i in range(n)]  # each modality in turn
-    batch = load_batch(store, np.array(chosen))
-    source = plain_view(batch, store.info.size_px)  # [n,1,S,S]
-    views = two_views(batch, settings.views, seed=settings.seed, step=0)
-
-    def tiles(images: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return images[:, 0].float().cpu().numpy()
-
-    captions = [
-        [
-            f"{batch.modalities[int(batch.modality[i])]}, slice {int(batch.slice_index[i])}",
-            describe(views, 0, i),
-            describe(views, 1, i),
-        ]
-        for i in range(n)
-    ]
-    columns = [("slice in the store", tiles(source)), ("view 1", tiles(views.a)), ("view 2", tiles(views.b))]
-    figures.contact_sheet(out / "figures" / "views.png", columns, captions, "Two random views of each slice")
+    out: Path,
+) -> str:
+    """What to say of a step whose loss or gradient is not finite, with the slices that are to blame."""
+    index = group.all_gather(result.facts.index.to(device)).cpu()  # [B], slices of the store
+    rows = group.all_gather(torch.from_numpy(plan.rows).to(device)).cpu()  # [B], their rows of the global batch
+    blamed = []
+    for piece in torch.arange(len(index)).split(256):
+        batch = load_batch(store, index[piece].numpy())
+        is_bad = torch.zeros(len(piece), dtype=torch.bool)
+        for view in (0, 1):
+            is_bad |= ~draws.view(batch, view, rows[piece]).isfinite().flatten(1).all(1)
+        for i in is_bad.nonzero()[:, 0].tolist():
+            blamed.append(f"slice {int(batch.slice_index[i])} of scan {store.scans[int(batch.scan[i])].scan_id}")
+    newest = checkpoint.latest(out) if group.is_first else None
+    what = f"the loss is {result.loss:g} and the norm of its gradient {result.grad_norm:g} at step {step}"
+    who = f"the views of {', '.join(blamed[:5])} are not finite" if blamed else "no slice alone is to blame"
+    where = f"the last good checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
+    advice = "lower optim.lr or lengthen optim.warmup and choose another --out, or allow some with skip_nonfinite"
+    return f"{out}: {what}; {who}; {where}; {advice}"
 
 
 def _finish(request: Request, encoder: Encoder, store: Store, indices: Indices) -> None:
@@ -378,37 +345,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def _stop_at_step_end() -> Iterator[Any]:
-    """Ctrl-C asks for a stop after the current step; a second one stops at once."""
-    asked = False
-
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, ask) for number in signals}
-    except ValueError:  # not the main thread: the caller owns the signals
-        previous = {}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _words(watched: Mapping[str, float]) -> str:
     return "".join(f" · {key.replace('_', ' ')} {value:.2f}" for key, value in watched.items())
 
 
 def _last_figures(out: Path) -> dict[str, float]:
     """The monitor's last row, for a run that was complete before this call."""
-    keys = ("loss", *CURVES)
     last: dict[str, float] = {}
     for row in read_metrics(out):
-        last |= {key: row[key] for key in keys if key in row and key not in ("lr", "images_per_s")}
+        last |= {key: row[key] for key in SHOWN if key in row}
     return last

@@ -48,11 +48,11 @@ class Tracker:
         self._send = self._open.enter_context(_BACKENDS[backend](run, step)) if backend else None
         self._file = self._open.enter_context((run / "metrics.jsonl").open("a", encoding="utf-8"))
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """One row: the step and its figures."""
+    def write(self, step: int, figures: Mapping[str, float], *, send: bool = True) -> None:
+        """One row: the step and its figures; the backend gets it too, if ``send``."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
-        if self._send:
+        if self._send and send:
             self._send(step, figures)
 
     def __enter__(self) -> Self:

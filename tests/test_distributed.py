@@ -41,14 +41,15 @@ def train(group: Group) -> dict[str, Any]:
     """A few steps of SimCLR in float64 on this process's rows of each batch; what came out."""
     torch.manual_seed(group.rank)  # other initial weights on each rank: those of rank 0 must win
     method = Method(Config(temperature=0.1, out_features=5), TinyEncoder()).double()
-    step = group.replicate(group.sync_batch_norm(method))
+    network = group.replicate(group.sync_batch_norm(method))
     optimizer = LARS(param_groups(method, 1e-4), lr=1.0)
     rows = slice(group.rank * PAIRS // group.world_size, (group.rank + 1) * PAIRS // group.world_size)
     losses, gradients = [], {}
     for i in range(STEPS):
         generator = torch.Generator().manual_seed(i)
         a, b = torch.rand(2, PAIRS, 1, 7, 7, generator=generator, dtype=torch.float64)
-        loss, _ = step(a[rows], b[rows], None, group)
+        za, zb = network(torch.cat([a[rows], b[rows]])).chunk(2)
+        loss, _ = method.objective(za, zb, None, group)
         optimizer.zero_grad()
         loss.backward()
         gradients[i] = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
@@ -88,6 +89,10 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert group.all_gather(x) is x
     assert not group.mean(x).requires_grad
     assert group.replicate(group.sync_batch_norm(module)) is module
+    assert group.highest(2) == 2
+    assert group.from_first(b"weights") == b"weights"
+    with group.unsynchronised(module):
+        module(x).sum().backward()
     assert type(module) is nn.BatchNorm1d
     group.barrier()
     group.close()
@@ -99,6 +104,9 @@ def worker(out: Path) -> None:
     rank = torch.tensor([[float(group.rank)]])
     assert group.all_gather(rank).tolist() == [[0.0], [1.0]]
     assert group.mean(rank).item() == 0.5
+    assert group.highest(3 - group.rank) == 3
+    assert group.from_first(b"weights" if group.is_first else b"") == b"weights"
+    assert group.from_first(b"") == b""
     torch.save(train(group), out / f"{group.rank}.pt")
     group.barrier()
     group.close()

@@ -10,7 +10,7 @@ import torch
 from cohort import mixed_cohort
 
 import medclr.data.loader as loading
-from medclr.data.loader import Batch, Loader, load_batch
+from medclr.data.loader import Batch, Facts, Loader, load_batch, load_facts
 from medclr.data.prepare import prepare
 from medclr.data.store import Store
 from medclr.errors import MedclrError
@@ -23,11 +23,11 @@ def store(tmp_path_factory) -> Store:
     return Store(folder / "store")  # 55 slices
 
 
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+def tensors(batch: Facts) -> dict[str, torch.Tensor]:
     return {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "modalities"}
 
 
-def assert_same(a: Batch, b: Batch) -> None:
+def assert_same(a: Facts, b: Facts) -> None:
     assert a.modalities == b.modalities
     for name, tensor in tensors(a).items():
         assert tensor.dtype == tensors(b)[name].dtype
@@ -84,8 +84,8 @@ def test_order_is_a_function_of_seed_and_epoch(store):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_together_take_the_batch_of_one(store, world_size, slices_per_scan):
     def epoch(rank: int, world_size: int) -> list[Batch]:
-        loader = Loader(store, store.indices(), 8, 5, rank, world_size, slices_per_scan)
-        return list(loader.epoch(3))
+        rows = np.arange(8).reshape(world_size, -1)[rank]
+        return list(Loader(store, store.indices(), 8, 5, rows, slices_per_scan=slices_per_scan).epoch(3))
 
     shares = zip(*(epoch(rank, world_size) for rank in range(world_size)), strict=True)
     for whole, parts in zip(epoch(0, 1), shares, strict=True):
@@ -127,10 +127,27 @@ def test_larger_than_the_data(store):
         Loader(store, store.indices(), 16, 0, slices_per_scan=1)
 
 
-@pytest.mark.parametrize(("batch_size", "world_size", "per_scan"), [(9, 2, None), (0, 1, None), (4, 1, 0)])
-def test_settings_that_cannot_be(store, batch_size, world_size, per_scan):
-    with pytest.raises(MedclrError, match=r"cannot be shared evenly by|must be at least 1"):
-        Loader(store, store.indices(), batch_size, 0, 0, world_size, per_scan)
+def test_no_slices_of_a_scan_cannot_be(store):
+    with pytest.raises(MedclrError, match="must be at least 1"):
+        Loader(store, store.indices(), 4, 0, slices_per_scan=0)
+
+
+def test_a_batch_in_pieces_is_the_same_batch(store):
+    rows, pieces = np.array([6, 2, 4]), [np.array([2, 0]), np.array([1]), np.array([2, 0])]
+    whole = Loader(store, store.indices(), 8, 5)
+    parts = Loader(store, store.indices(), 8, 5, rows, pieces).epochs(whole.steps_per_epoch + 2, epochs=3)
+    for batch in [*list(whole.epoch(1))[2:], *whole.epoch(2)]:
+        for piece in pieces:
+            assert_same(next(parts), batch.select(torch.from_numpy(rows[piece])))
+    assert next(parts, None) is None
+
+
+def test_facts_are_a_batch_without_its_pixels(store):
+    batch = load_batch(store, [3, 50, 7])
+    facts = load_facts(store, [3, 50, 7])
+    assert_same(facts, batch.facts())
+    assert_same(Facts.cat([facts.select(slice(0, 2)), facts.select(slice(2, 3))]), facts)
+    assert not hasattr(facts, "images")
 
 
 def readers() -> list[threading.Thread]:

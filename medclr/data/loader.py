@@ -7,10 +7,10 @@ Shape letters: B slices of a batch, S = size_px.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,13 +25,11 @@ READ_AHEAD = 3
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Slices and what is known of them."""
+class Facts:
+    """What is known of the slices of a batch, besides their pixels."""
 
     index: Tensor
     """int64 [B], which slice of the store."""
-    images: Tensor
-    """float32 [B,1,S,S], physical units."""
     low: Tensor
     """float32 [B], 0.5 percentile of the scan, physical units."""
     high: Tensor
@@ -58,23 +56,56 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def select(self, rows: slice | Tensor) -> "Batch":
+    def select(self, rows: slice | Tensor) -> Self:
         """Some of its rows: a slice, or a tensor of row numbers or of truth values [B]."""
         return self._map(lambda tensor: tensor[rows])
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def facts(self) -> "Facts":
+        """Without the pixels, if there are any."""
+        return Facts(**{field.name: getattr(self, field.name) for field in fields(Facts)})
+
+    @staticmethod
+    def cat(parts: Sequence["Facts"]) -> "Facts":
+        """Several, one behind the other."""
+        columns: dict[str, Any] = {
+            field.name: torch.cat([getattr(part, field.name) for part in parts])
+            for field in fields(Facts)
+            if field.name != "modalities"
+        }
+        return Facts(**columns, modalities=parts[0].modalities)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return Batch(**values)
+        return type(self)(**values)
+
+
+@dataclass(frozen=True)
+class Batch(Facts):
+    """Slices and what is known of them."""
+
+    images: Tensor
+    """float32 [B,1,S,S], physical units."""
+
+
+def load_facts(store: Store, indices: ArrayLike) -> Facts:
+    """What a store knows of some slices, in the order asked for, without reading them."""
+    return Facts(**_columns(store, np.asarray(indices, dtype=np.int64)))
 
 
 def load_batch(store: Store, indices: ArrayLike) -> Batch:
     """Read slices of a store, in the order asked for."""
     indices = np.asarray(indices, dtype=np.int64)  # [B]
+    images = torch.from_numpy(store.physical(indices))[:, None]  # [B,1,S,S]
+    return Batch(**_columns(store, indices), images=images)
+
+
+def _columns(store: Store, indices: NDArray[np.int64]) -> dict[str, Any]:
+    """The fields of ``Facts``."""
 
     def column(name: str, kind: type[np.number[Any]]) -> Tensor:
         return torch.from_numpy(store.column(name)[indices].astype(kind))
@@ -82,14 +113,13 @@ def load_batch(store: Store, indices: ArrayLike) -> Batch:
     floats = {name: column(name, np.float32) for name in ("low", "high", "air", "position")}
     whole = {name: column(name, np.int64) for name in ("modality", "scan", "patient", "slice_index", "label")}
     box = [column(f"content_{name}", np.float32) for name in ("top", "left", "height", "width")]  # [B] each
-    return Batch(
-        index=torch.from_numpy(indices.copy()),
-        images=torch.from_numpy(store.physical(indices))[:, None],  # [B,1,S,S]
-        content=torch.stack(box, 1),
+    return {
+        "index": torch.from_numpy(indices.copy()),
+        "content": torch.stack(box, 1),
         **floats,
         **whole,
-        modalities=store.info.modalities,
-    )
+        "modalities": store.info.modalities,
+    }
 
 
 class Loader:
@@ -100,12 +130,12 @@ class Loader:
         indices: the slices to draw from, such as ``store.indices("train")``.
         batch_size: B of the global batch, over all processes.
         seed: of the order.
-        rank: of this process: it gets rows [rank * b, (rank + 1) * b) of each global batch, b = B / world_size.
-        world_size: number of processes.
+        rows: which rows [b] of each global batch are this process's; None: all.
+        pieces: in which pieces, numbers among ``rows``, a batch is handed out; None: in one.
         slices_per_scan: an epoch takes at most so many slices of each scan, drawn anew for each epoch; None: all.
 
     Raises:
-        MedclrError: the batch is larger than what an epoch holds, or cannot be shared evenly.
+        MedclrError: the batch is larger than what an epoch holds.
     """
 
     def __init__(
@@ -114,8 +144,8 @@ class Loader:
         indices: ArrayLike,
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        rows: NDArray[np.int64] | None = None,
+        pieces: Sequence[NDArray[np.int64]] | None = None,
         slices_per_scan: int | None = None,
     ) -> None:
         self.store = store
@@ -123,12 +153,10 @@ class Loader:
         self.batch_size = batch_size
         self.seed = seed
         self.slices_per_scan = slices_per_scan
-        if batch_size < 1 or batch_size % world_size:
-            raise MedclrError(f"batch {batch_size} cannot be shared evenly by {world_size} processes")
         if slices_per_scan is not None and slices_per_scan < 1:
             raise MedclrError(f"data.slices_per_scan {slices_per_scan} must be at least 1, or null for all")
-        share = batch_size // world_size
-        self._rows = slice(rank * share, (rank + 1) * share)
+        self._rows = np.arange(batch_size) if rows is None else rows  # [b]
+        self._pieces = [np.arange(len(self._rows))] if pieces is None else pieces
         n_slices = len(self.order(0))
         self.steps_per_epoch = n_slices // batch_size
         """The last, partial batch of an epoch is dropped."""
@@ -150,11 +178,20 @@ class Loader:
         place[by_scan] = np.arange(len(scan)) - first  # how many slices of its scan come before each
         return shuffled[place < self.slices_per_scan]
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from ``start_step`` on; a thread reads the next ones meanwhile."""
+    def epochs(self, step: int, epochs: int) -> Generator[Batch]:
+        """The batches of all ``epochs``, piece by piece, from ``step`` of the first on."""
+        for epoch in range(step // self.steps_per_epoch, epochs):
+            yield from self.epoch(epoch, start_step=max(step - epoch * self.steps_per_epoch, 0))
+
+    def share(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        """This process's slices [b] of a step of an epoch with that order."""
+        return order[step * self.batch_size : (step + 1) * self.batch_size][self._rows]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
+        """The batches of an epoch from ``start_step`` on, piece by piece; a thread reads the next ones meanwhile."""
         order = self.order(epoch)
         steps = range(start_step, self.steps_per_epoch)
-        batches = (order[step * self.batch_size : (step + 1) * self.batch_size][self._rows] for step in steps)
+        batches = (self.share(order, step)[piece] for step in steps for piece in self._pieces)
         pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         waiting: deque[Future[Batch]] = deque()
         try:

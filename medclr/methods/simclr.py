@@ -77,45 +77,28 @@ class Method(PretrainingMethod):
         features = self.encoder(x)
         return features, self.head(features)
 
-    def loss(
-        self, a: Tensor, b: Tensor, batch: Any = None, group: Group | None = None
+    def objective(
+        self, a: Tensor, b: Tensor, facts: Any = None, group: Group | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views [B,1,S,S] of one batch -> NT-Xent, and what else to log (0-d tensors, detached, of this process).
+        """Embeddings [B,K] of the two views -> NT-Xent, and the mean cosine of the twins.
 
-        Both views go through the network in one pass, as in the reference, so that the batch-norm statistics are those
-        of all 2B views. ``batch`` is what the views came from, and is looked at for its ids if the settings ask for
-        them. ``group`` brings the views of all processes.
-        """
-        features = self.encoder(torch.cat([a, b]))  # [2B,F]
-        za, zb = self.head(features).chunk(2)  # [B,K] each
-        return self.contrast(za, zb, batch, group)
-
-    def contrast(
-        self, za: Tensor, zb: Tensor, batch: Any = None, group: Group | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``loss`` from the embeddings [B,K] of the two views on, wherever they were made.
+        ``facts`` are looked at for ids if the settings ask for them; ``group`` brings the views of all processes.
 
         Raises:
-            MedclrError: the settings ask for the ids of the batch, and there is none.
+            MedclrError: the settings ask for ids, and there are none.
         """
         config = self.config
         loss = nt_xent(
-            za,
-            zb,
+            a,
+            b,
             config.temperature,
             group,
-            ids=batch,
+            ids=facts,
             negatives=config.negatives,
             positives=config.positives,
             reach=config.reach,
             form=config.loss,
         )
         with torch.no_grad():
-            positive = F.cosine_similarity(za.float(), zb.float()).mean()  # []
+            positive = F.cosine_similarity(a.float(), b.float()).mean()  # []
         return loss, {"positive_cosine": positive}
-
-    def forward(
-        self, a: Tensor, b: Tensor, batch: Any = None, group: Group | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same as ``loss``: DistributedDataParallel runs modules by calling them."""
-        return self.loss(a, b, batch, group)

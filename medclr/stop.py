@@ -1,0 +1,44 @@
+"""Ctrl-C, and a scheduler's SIGTERM: finish the step, save, and leave."""
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any, Self
+
+from medclr.distributed import Group
+from medclr.errors import Terminated
+
+
+class StopRequest:
+    """Ctrl-C, or a scheduler's SIGTERM, asks for a stop after the current step; a second Ctrl-C stops at once."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        # torchrun passes on what the terminal has sent to everyone: there, a second one is no second wish.
+        if self._signal == number == signal.SIGINT and self._group.world_size == 1:
+            raise KeyboardInterrupt
+        self._signal = max(self._signal, number)
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; the same answer in all of them, which must all ask."""
+        self._signal = self._group.highest(self._signal)
+        return self._signal > 0
+
+    def leaving(self, step: int, total: int, out: Path) -> KeyboardInterrupt:
+        """What to raise once all is saved."""
+        kind = Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
+        return kind(f"saved step {step} of {total} in {out}; the same command again goes on")
