@@ -95,6 +95,9 @@ class Group:
     control: Any = None
     """Torch's handle for small messages between CPUs, which never wait for a GPU."""
 
+    is_ours: bool = False
+    """Whether ``close`` ends torch's process group; one that the caller has made stays his."""
+
     @classmethod
     def from_environment(cls, device: str = "auto") -> "Group":
         """Join the group that ``torchrun`` describes in the environment, if it does.
@@ -107,9 +110,10 @@ class Group:
         on_gpu = torch.cuda.is_available() and device != "cpu"
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if not dist.is_initialized():
+        if is_ours := not dist.is_initialized():
             dist.init_process_group("nccl" if on_gpu else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if on_gpu else None)
+        control = dist.new_group(backend="gloo") if on_gpu else None
+        return cls(dist.get_rank(), dist.get_world_size(), control, is_ours)
 
     @property
     def is_first(self) -> bool:
@@ -186,5 +190,5 @@ class Group:
 
     def close(self) -> None:
         """Leave the group."""
-        if self.world_size > 1:
+        if self.is_ours:
             dist.destroy_process_group()

@@ -141,8 +141,8 @@ class Method(PretrainingMethod):
         features = self.encoder(x)
         return features, self.head(features)
 
-    def loss(self, a, b, batch=None, group=None):
-        return self.force * (self.embed(a)[1] - self.embed(b)[1]).square().mean(), {}
+    def objective(self, a, b, facts=None, group=None):
+        return self.force * (a - b).square().mean(), {}
 '''
 
 

@@ -91,7 +91,7 @@ def test_settings_reach_the_loss(rule: dict[str, Any]) -> None:
     method = Method(Config(**rule), encoder).eval()
     a, b = views()
     za, zb = method.embed(a)[1].detach().requires_grad_(), method.embed(b)[1].detach().requires_grad_()
-    loss, _ = method.contrast(za, zb, Ids())
+    loss, _ = method.objective(za, zb, Ids())
     form = {"form": rule["loss"]} if "loss" in rule else {}
     rule = {name: value for name, value in rule.items() if name != "loss"}
     torch.testing.assert_close(loss, nt_xent(za, zb, 0.2, ids=Ids(), **rule, **form))
@@ -144,5 +144,5 @@ def test_a_batch_of_a_store_brings_its_ids(image_store: Path) -> None:
     batch = load_batch(store, store.indices())
     same = torch.ones(len(batch), 4)
     for rule, compared in (({}, 95), ({"negatives": "other_patients"}, 93), ({"positives": "same_patient"}, 95)):
-        loss, _ = Method(Config(**rule), TinyEncoder()).contrast(same, same, batch)  # type: ignore[arg-type]
+        loss, _ = Method(Config(**rule), TinyEncoder()).objective(same, same, batch)  # type: ignore[arg-type]
         assert loss.item() == pytest.approx(math.log(compared), abs=1e-5)
