@@ -187,7 +187,6 @@ def test_a_slice_that_is_not_finite_is_named(image_store, tmp_path, one_bad_view
     store = Store(image_store)
     scan = store.scans[int(store.column("scan")[one_bad_view[0]])]
     assert f"to blame are the views of slice 0 of scan {scan.scan_id};" in str(error.value)
-    )
     assert "the last good checkpoint is step-0000002.pt" in str(error.value)
 
 
