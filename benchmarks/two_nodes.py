@@ -112,9 +112,8 @@ def main() -> None:
         steps = len(read_metrics(one))
         losses = [[row["loss"] for row in read_metrics(run)] for run in (one, two)]
         gap = max(abs(x - y) for x, y in zip(*losses, strict=True))
-        print(
-            f"{steps} steps; losses differ by at most {gap:.2e}, weights by {float((a - b).norm() / a.norm()):.2e} of their norm"
-        )
+        share = float((a - b).norm() / a.norm())
+        print(f"{steps} steps; losses differ by at most {gap:.2e}, weights by {share:.2e} of their norm")
         print(f"{sent / steps / 2**20:.1f} MiB a step left the first node, for {a.numel() / 1e6:.1f} million weights")
 
 

@@ -58,6 +58,7 @@ def batch_of(n: int, seed: int = 0) -> Batch:
         low=zeros,
         high=zeros + 1,
         air=zeros,
+        content=torch.tensor([[0.0, 0.0, 12.0, 12.0]]).expand(n, 4),
         modality=torch.arange(n) % 2,
         scan=whole // 2,
         patient=whole // 4,
