@@ -116,6 +116,8 @@ def test_colour_becomes_luminance(tmp_path: Path) -> None:
     luma[..., 1:] = 128  # grey in YBR_FULL: the luminance is Y
     full = read(tmp_path / "b", luma, PhotometricInterpretation="YBR_FULL", **US)
     np.testing.assert_allclose(full, luma[..., 0], atol=1)
+    with pytest.raises(ScanError, match="colours of more than the 4 Bits Stored"):
+        read(tmp_path / "d", rgb, BitsStored=4, **US)
     deep = (rgb.astype(np.uint16) << 8) + 7
     np.testing.assert_allclose(read(tmp_path / "c", deep, **US), deep @ [0.299, 0.587, 0.114], rtol=1e-6)
 

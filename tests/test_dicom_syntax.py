@@ -246,6 +246,8 @@ LIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "negative frames": (lambda p: native(p, NumberOfFrames=-5, ImagePositionPatient=None), "cannot be put in space"),
     "bits": (lambda p: native(p, BitsStored=255), "stores 255 bits in 16"),
     "no bits": (lambda p: native(p, BitsAllocated=0), "Bits Allocated are absent"),
+    "far away": (lambda p: native(p, ImagePositionPatient=["1e38", "1e38", "1e38"]), "beyond any scanner"),
+    "stored bits": (lambda p: packed(p, JPEGLosslessSV1, BitsStored=1, HighBit=0), "more than the 1 Bits Stored"),
     "packed size": (lambda p: packed(p, Rows=65535, Columns=65535), "which no codec could have done"),
     "packed frames": (lambda p: packed(p, NumberOfFrames=2**31 - 1, Rows=1, Columns=1), "which no codec could"),
     "packed rows": (lambda p: packed(p, Rows=4096, Columns=4096), "holds a frame of rows 48, columns 64"),

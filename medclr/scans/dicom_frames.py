@@ -50,6 +50,7 @@ _FRAME_TYPES = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFram
 _PLACES = {Tag(name) for name in ("StackID", "InStackPositionNumber", "ImagePositionPatient", "PlanePositionSequence")}
 _VECTORS = ("EnergyWindowVector", "DetectorVector", "PhaseVector", "RRIntervalVector", "TimeSlotVector")
 _CSA_IMAGE_HEADER = 0x00291010
+_FARTHEST_MM = 1e6
 _CENTIMETRES = 3  # Physical Units X Direction (PS3.3 C.8.5.5.1.2)
 
 ELEMENTS: tuple[str | int, ...] = (
@@ -107,6 +108,8 @@ def _slice(
     if spacing is None:
         raise ScanError("records no usable Pixel Spacing")
     thickness = (numbers(measures, "SliceThickness", 1) or (0.0,))[0]
+    if max(map(abs, (*position, *orientation, *spacing, thickness))) > _FARTHEST_MM:
+        raise ScanError("records a place or a size in space that is beyond any scanner")
     return Slice(cast(Vector, position), orientation, spacing, thickness if thickness > 0 else 1.0, kind, telling)
 
 

@@ -218,12 +218,13 @@ def _header(path: Path, dataset: Dataset) -> Header:
             volumes = (range(frames),)
             irregular.append(f"{frames} frames in the order of the file, not a volume" if frames > 1 else "")
 
+    patient = _patient(dataset)
     study, series, instance = (text(dataset, f"{word}InstanceUID") for word in ("Study", "Series", "SOP"))
     return Header(
         path=path,
         modality=modality,
-        patient=sys.intern(_patient(dataset) or _stranger(study, series, instance)),
-        named=bool(_patient(dataset)),
+        patient=sys.intern(patient or _stranger(study, series, instance)),
+        named=bool(patient),
         study=sys.intern(study),
         series=sys.intern(series),
         instance=instance,

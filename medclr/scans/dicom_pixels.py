@@ -70,6 +70,8 @@ def _images(dataset: Dataset, row: Modality, frames: Sequence[int]) -> Iterator[
     """Frames as they are encoded."""
     for frame, (stored, colour) in zip(frames, decoded(dataset, frames), strict=True):
         if colour in ("PALETTE COLOR", "RGB", "YBR_ICT", "YBR_RCT"):
+            if stored.max() >> int(dataset.BitsStored):
+                raise ScanError(f"holds colours of more than the {dataset.BitsStored} Bits Stored")
             rgb = apply_color_lut(stored, dataset) if colour == "PALETTE COLOR" else stored
             yield (rgb[..., :3] @ _LUMINANCE).astype(np.float32), None
         elif colour in ("MONOCHROME1", "MONOCHROME2"):

@@ -170,9 +170,10 @@ def decoded(dataset: Dataset, frames: Sequence[int]) -> Iterator[tuple[NDArray[A
         ScanError: the frames are not what the file announces, or a codec panicked; whatever else codecs raise.
     """
     syntax = syntax_of(dataset)
-    if syntax.is_encapsulated:
-        _check_frames(dataset, syntax)
-    if syntax == JPEGExtended12Bit and dataset.BitsStored > 8:
+    bits = _check_frames(dataset, syntax) if syntax.is_encapsulated else 0
+    # GDCM ends the process where Bits Stored is not what it expects; what it means is seen to later.
+    options = {"bits_stored": 8 if dataset.BitsAllocated == 8 else bits} if syntax in JPEGTransferSyntaxes else {}
+    if syntax == JPEGExtended12Bit and bits > 8:
         # pydicom keeps such frames from GDCM, which reads from each what it is and decodes them well.
         syntax = dataset.file_meta.TransferSyntaxUID = JPEGLossless
     decoder = decoder_of(syntax)
@@ -182,7 +183,7 @@ def decoded(dataset: Dataset, frames: Sequence[int]) -> Iterator[tuple[NDArray[A
     try:
         # Without indices pydicom 3.0 hands out read-only frames to itself, and cannot correct the sign of JPEG-LS.
         for stored, description in decoder.iter_array(
-            dataset, indices=list(frames), decoding_plugin=plugin, correct_unused_bits=False
+            dataset, indices=list(frames), decoding_plugin=plugin, correct_unused_bits=False, **options
         ):
             yield stored, str(description["photometric_interpretation"])
     except (Exception, GeneratorExit, KeyboardInterrupt, SystemExit):
@@ -191,8 +192,8 @@ def decoded(dataset: Dataset, frames: Sequence[int]) -> Iterator[tuple[NDArray[A
         raise ScanError(f"its pixels cannot be decoded ({type(error).__name__})") from error
 
 
-def _check_frames(dataset: Dataset, syntax: UID) -> None:
-    """Refuse encapsulated frames whose own headers announce another size than the file's.
+def _check_frames(dataset: Dataset, syntax: UID) -> int:
+    """Refuse encapsulated frames whose own headers announce another size than the file's; bits of a sample, or 0.
 
     Codecs believe these headers: they allocate what they are told, and some end the process where the two differ.
     """
@@ -200,7 +201,7 @@ def _check_frames(dataset: Dataset, syntax: UID) -> None:
     announced = integer(dataset, "Rows"), integer(dataset, "Columns"), integer(dataset, "SamplesPerPixel") or 1
     offsets, lengths = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
     extended = (offsets, lengths) if offsets and lengths else None
-    held = 0
+    held, precision = 0, set()
     for encoded in generate_frames(dataset.PixelData, number_of_frames=frames, extended_offsets=extended):
         held += 1
         if syntax == RLELossless:
@@ -209,11 +210,13 @@ def _check_frames(dataset: Dataset, syntax: UID) -> None:
         if own is None:
             raise ScanError(f"holds a frame that is no {syntax.name}")
         *size, bits = own
-        if tuple(size) != announced or bits > integer(dataset, "BitsAllocated"):
+        precision.add(bits)
+        if tuple(size) != announced or len(precision) > 1 or bits > integer(dataset, "BitsAllocated"):
             holds, says = ("rows {}, columns {}, samples {}".format(*of) for of in (size, announced))
             raise ScanError(f"holds a frame of {holds} ({bits} bits) and announces {says}")
     if held < frames:
         raise ScanError(f"is cut short: {held} of {frames} frames")
+    return max(precision, default=0)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int, int, int] | None:

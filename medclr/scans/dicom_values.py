@@ -17,8 +17,10 @@ def _tag(name: str | int) -> BaseTag:
 
 def raw(dataset: Dataset, name: str | int) -> bytes:
     """The bytes of an element's value; b'' where it is absent."""
-    element = dataset.get_item(_tag(name), keep_deferred=True)
-    value = None if element is None else element.value
+    tag = _tag(name)
+    if tag not in dataset.keys():  # noqa: SIM118 - the dataset itself would convert the tag, at ten times the cost
+        return b""
+    value = dataset.get_item(tag, keep_deferred=True).value
     if value is None or isinstance(value, bytes):
         return value or b""
     return str(value).encode()
