@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from medclr.progress import progress
 from tests.mutants import Mutant, format_of, mutant
 from tests.originals import originals
 
@@ -156,8 +157,9 @@ class Worker:
     seed: int
     zoo: Path | None
     road: Road
-    number: int | None = None
+    number: int = -1
     started: float = math.inf
+    is_lost: bool = False
     process: SpawnProcess = field(init=False)
     pipe: Connection = field(init=False)
 
@@ -172,6 +174,24 @@ class Worker:
     def give(self, number: int) -> None:
         self.number, self.started = number, time.monotonic()
         self.pipe.send(number)
+
+    def outcome(self, limit_s: float, limit_mb: float) -> Outcome | None:
+        """What became of its mutant; None: it is still at it. A worker that is lost takes no other."""
+        took = time.monotonic() - self.started
+        fate = "time"
+        if self.pipe.poll():
+            try:
+                outcome: Outcome = self.pipe.recv()
+                if outcome.seconds > limit_s:
+                    return replace(outcome, kind="FAIL time")
+                return replace(outcome, kind="FAIL memory") if outcome.megabytes > limit_mb else outcome
+            except (EOFError, ConnectionError):
+                self.process.join()
+                fate = f"died ({self.process.exitcode})"
+        elif took <= PATIENCE * limit_s:
+            return None
+        self.is_lost = True
+        return Outcome(self.number, format_of(originals(self.zoo), self.number), f"FAIL {fate}", took, 0.0)
 
     def stop(self) -> None:
         self.process.kill()
@@ -194,39 +214,23 @@ def fuzz(
     crew = [Worker(seed, zoo, road) for _ in range(min(workers, len(todo)))]
     for worker in crew:
         worker.give(todo.pop())
-    while crew:
-        patience = PATIENCE * limit_s
-        first = min(worker.started for worker in crew)
-        wait([worker.pipe for worker in crew], max(first + patience - time.monotonic(), 0))
-        for worker in list(crew):
-            took = time.monotonic() - worker.started
-            fate = ""
-            if worker.pipe.poll():  # not only those that woke us: starting a worker takes seconds
-                try:
-                    outcome = worker.pipe.recv()
-                    if outcome.seconds > limit_s:
-                        outcome = replace(outcome, kind="FAIL time")
-                    elif outcome.megabytes > limit_mb:
-                        outcome = replace(outcome, kind="FAIL memory")
-                except (EOFError, ConnectionError):
-                    worker.process.join()
-                    fate = f"FAIL died ({worker.process.exitcode})"
-            elif took > patience:
-                fate = "FAIL time"
-            else:
-                continue
-            if fate:
-                assert worker.number is not None
-                outcome = Outcome(worker.number, format_of(originals(zoo), worker.number), fate, took, 0.0)
-            if fate or not todo:
-                worker.stop()
-                crew.remove(worker)
-            if fate and todo:
-                worker = Worker(seed, zoo, road)
-                crew.append(worker)
-            if todo:
-                worker.give(todo.pop())
-            outcomes.append(outcome)
+    with progress("damaged files", len(numbers), "files") as advance:
+        while crew:
+            wait([worker.pipe for worker in crew], timeout=1)
+            for worker in list(crew):
+                outcome = worker.outcome(limit_s, limit_mb)
+                if outcome is None:
+                    continue
+                outcomes.append(outcome)
+                advance(1)
+                if worker.is_lost or not todo:
+                    worker.stop()
+                    crew.remove(worker)
+                if worker.is_lost and todo:
+                    worker = Worker(seed, zoo, road)
+                    crew.append(worker)
+                if todo:
+                    worker.give(todo.pop())
     return outcomes
 
 
