@@ -268,6 +268,16 @@ def test_a_second_folder_is_added_to_the_same_manifest(ward: Ward, tmp_path: Pat
         index([tmp_path], ward.out, key_file=ward.key)
 
 
+def test_a_copy_of_a_folder_does_not_double_its_scans(ward: Ward) -> None:
+    write_series(ward.root / "a")
+    ward.index()
+    ward.root = Path(shutil.copytree(ward.root, ward.root.parent / "copy"))
+    assert ward.index().added == 0
+    (row,) = ward.manifest.rows
+    assert len(ward.manifest.files[row.scan_id].image) == row.n_slices == 4
+    assert set(ward.reasons().values()) == {"the same bytes stand at the same path under another root"}
+
+
 def test_equal_names_under_two_roots_do_not_collide(ward: Ward, tmp_path: Path) -> None:
     roots = [tmp_path / "one", tmp_path / "two"]
     for fill, root in enumerate(roots, start=1):

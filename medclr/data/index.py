@@ -205,21 +205,22 @@ def index(
         def split_now(patient_id: str) -> str:
             return split_before.get(patient_id) or (split_of(patient_id, fractions) if fractions else "")
 
+        located = old.located if old else []  # what an earlier run found in other folders stays
+        kept = {row.scan_id for row, file in located if row.kind == "image" and file.root not in folders}
         rows: dict[str, ScanRow] = {}
         file_rows: list[FileRow] = []
         for scan in scans:
             row = _row(scan, split_now(scan.patient_id), key, namer)
             if scan.entry.before:
                 _refuse_change(out, scan.entry.before, row)
-            if row.scan_id in rows:
+            if row.scan_id in rows or row.scan_id in kept:
                 same = "the same bytes stand at the same path under another root"
                 refused += [Refused(file.root, file.path, same) for file in scan.entry.files]
                 continue
             rows[row.scan_id] = row
             file_rows += _file_rows(row.scan_id, scan, namer)
         rejected = [Rejected(_rejected_name(namer, refusal), refusal.reason) for refusal in dict.fromkeys(refused)]
-        if old:  # what an earlier run found in other folders stays
-            kept = {row.scan_id for row, file in old.located if row.kind == "image" and file.root not in folders}
+        if old:
             rows |= {r.scan_id: replace(r, split=split_now(r.patient_id)) for r in old.rows if r.scan_id in kept}
             file_rows += [row for row in old.file_rows if row.scan_id in kept]
             rejected += _rejected_elsewhere(out, folders, namer, key_file)
