@@ -2,8 +2,9 @@
 
     python benchmarks/open_store.py
 
-The tables are made in a temporary folder, and read by a new process. Exits with status 1 if it takes more than five
-seconds or 1 GB of its own to open the store, read a random batch of its columns, parse all its scans and find those of a split.
+The tables are made in a temporary folder, and read by a new process: it opens the store, reads a random batch of its
+columns, parses all its scans and finds those of a split. Exits with status 1 if that takes more than five seconds, or
+1 GB of memory of its own.
 """
 
 import subprocess
