@@ -6,6 +6,8 @@ the manifest instead of the files; what was rejected is looked at again, because
 option that was missing.
 """
 
+import contextlib
+import gc
 import os
 import re
 from collections import Counter, defaultdict
@@ -44,6 +46,9 @@ from medclr.scans.privacy import Pseudonyms, default_key_file, load_key
 
 MOST = 5
 """So many reasons the summary counts; the others stand in the table."""
+
+COLLECT_AFTER = 200_000
+"""New objects, of which each file makes a handful, until garbage in cycles is looked for."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def index(
     shares = ",".join(f"{name}={share:g}" for name, share in fractions.items()) if fractions else ""
     settings = Settings(key.name, keep_paths, plane, policy, shares)
 
-    with files.alone(out.parent, f".{out.name}.lock"):
+    with files.alone(out.parent, f".{out.name}.lock"), _seldom_collected():
         files.finish(tables)
         old = _earlier(out, brought, settings, key_file) if out.exists() else None
         ours = [*tables, key_file, places_path(key_file)]
@@ -227,6 +232,17 @@ def index(
         namer.save()
         manifest = write_manifest(out, rows.values(), file_rows, rejected, settings)
     return _summary(manifest, old, rejected)
+
+
+@contextlib.contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Rows by the million hold no cycles, yet Python's collector would look through all of them time and again."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _earlier(out: Path, roots: Roots, settings: Settings, key_file: Path) -> Manifest:
