@@ -16,8 +16,8 @@ import medclr
 from medclr import checkpoint
 from medclr.track import read_metrics
 
-STEPS = {"epochs": 4, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.every_epochs": 4, "monitor.sample": 8}
-"""Of six steps each: 24 in all."""
+SMALL = {"batch": 8, "views.size_px": 16, "encoder.stem": "imagenet", "device": "cpu", "monitor.sample": 8}
+"""An epoch has six steps."""
 
 CHOICES: dict[str, list[dict[str, Any]]] = {
     "head": [{"simclr.head_layers": 2}, {"simclr.head_layers": 3}],
@@ -38,7 +38,7 @@ QUICK = [GRID[0], GRID[-2]]
 def run_all(store: Path, out: Path, grid: Sequence[dict[str, Any]]) -> None:
     """Train each combination; what each process does."""
     for number, settings in enumerate(grid):
-        medclr.pretrain(store, out / str(number), settings={**STEPS, **settings})
+        medclr.pretrain(store, out / str(number), settings={**SMALL, "monitor.every_epochs": 4, **settings})
 
 
 def launch(processes: int, store: Path, out: Path, grid: Sequence[dict[str, Any]]) -> None:
@@ -61,7 +61,7 @@ def outcome(run: Path) -> tuple[list[float], torch.Tensor]:
 def compare(one: Path, many: Path, tolerance: float) -> None:
     losses, weights = outcome(one)
     other_losses, other_weights = outcome(many)
-    assert len(losses) == 24
+    assert len(losses) in (6, 24)
     assert other_losses == pytest.approx(losses, rel=tolerance)
     assert (other_weights - weights).norm() <= tolerance * weights.norm()
 
@@ -77,7 +77,7 @@ def check(store: Path, folder: Path, grid: Sequence[dict[str, Any]], counts: Seq
 
 @pytest.mark.timeout(300)
 def test_two_processes_train_as_one(image_store: Path, tmp_path: Path) -> None:
-    check(image_store, tmp_path, [{**settings, "precision": "float64"} for settings in QUICK], [2], 1e-10)
+    check(image_store, tmp_path, [{**settings, "epochs": 1, "precision": "float64"} for settings in QUICK], [2], 1e-10)
 
 
 @pytest.mark.slow
@@ -86,7 +86,8 @@ def test_two_processes_train_as_one(image_store: Path, tmp_path: Path) -> None:
 def test_any_number_of_processes_train_as_one(
     image_store: Path, tmp_path: Path, precision: str, tolerance: float
 ) -> None:
-    check(image_store, tmp_path, [{**settings, "precision": precision} for settings in GRID], [2, 4], tolerance)
+    grid = [{**settings, "epochs": 4, "precision": precision} for settings in GRID]
+    check(image_store, tmp_path, grid, [2, 4], tolerance)
 
 
 if __name__ == "__main__":
