@@ -153,8 +153,9 @@ def finish(paths: Sequence[Path]) -> None:
                 if _pending(path).exists():
                     _pending(path).replace(path)
     for path in paths:
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            stale.unlink(missing_ok=True)
+        for name in (path.name, _pending(path).name):
+            for stale in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
+                stale.unlink(missing_ok=True)
 
 
 def is_pending(last: Path) -> bool:

@@ -387,7 +387,11 @@ def _file_rows(scan_id: str, scan: Scan, namer: Namer) -> Iterator[FileRow]:
         place = name(file.root, file.path)
         yield FileRow(scan_id, "image", *place, file.size, file.mtime_ns, entry.series, entry.patient, digest)
     if scan.mask:
-        status = (scan.mask.root / scan.mask.path).stat()
+        try:
+            status = (scan.mask.root / scan.mask.path).stat()
+        except OSError as error:
+            shown = namer.shown(str(scan.mask.root), scan.mask.path)
+            raise MedclrError(f"--masks: {shown} cannot be read ({error.strerror}); bring it back") from None
         place = name(str(scan.mask.root), scan.mask.path)
         yield FileRow(scan_id, "mask", *place, status.st_size, status.st_mtime_ns, "", "")
 
