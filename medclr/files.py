@@ -19,12 +19,13 @@ LOCK_NAME = ".lock.tmp"
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
+def writing(path: Path, *, flushed: bool = True, pending: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it is flushed to disk and renamed, on failure removed.
 
     Args:
         path: the file to write.
         flushed: False leaves the flushing to the caller, who writes many files and calls ``flush`` at the end.
+        pending: rename it to where ``finish`` will look for it.
 
     Raises:
         MedclrError: the disk is full, or the folder cannot be written to.
@@ -36,7 +37,7 @@ def writing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
             yield temporary
             if flushed:
                 flush(temporary)
-            temporary.replace(path)
+            temporary.replace(_pending(path) if pending else path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -135,13 +136,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_together(texts: Mapping[Path, str]) -> None:
-    """Write several files, of which the last counts: after ``finish`` all are new, or all are as they were.
+    """Write several files of one folder, all or none: if it is killed, ``finish`` makes it so.
 
-    Until then it may be killed at any moment. All lie in one folder.
+    Raises:
+        MedclrError: the disk is full, or the folder cannot be written to.
     """
-    for path, text in texts.items():
-        write_text(_pending(path), text)
-    finish(list(texts))
+    try:
+        for path, text in texts.items():
+            with writing(path, pending=True) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    finally:
+        finish(list(texts))
 
 
 def finish(paths: Sequence[Path]) -> None:
@@ -153,9 +158,8 @@ def finish(paths: Sequence[Path]) -> None:
                 if _pending(path).exists():
                     _pending(path).replace(path)
     for path in paths:
-        for name in (path.name, _pending(path).name):
-            for stale in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
-                stale.unlink(missing_ok=True)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            stale.unlink(missing_ok=True)
 
 
 def is_pending(last: Path) -> bool:

@@ -654,3 +654,90 @@ def test_real_scans(tmp_path: Path, name: str, options: dict[str, Any], counts: 
     options = {key: folder / value if key in ("masks", "labels") else value for key, value in options.items()}
     summary = index([folder], tmp_path / "m.csv", key_file=tmp_path / "key", **options)
     assert (summary.scans, summary.patients, summary.slices, summary.rejected) == (*counts, 0)
+
+
+def test_label_maps_beside_their_scans_are_no_scans(ward: Ward) -> None:
+    for name in ("imagesTr/a_0000", "labelsTr/a", "x/images/b", "x/labels/b", "labels/kept", "y/z", "y/told"):
+        write_nifti(ward.root / f"{name}.nii.gz", sum(name.encode()))
+    (ward.root / "y" / "dataset.json").write_text(
+        json.dumps({"training": [{"image": "z.nii.gz", "label": "told.nii.gz"}]})
+    )
+    write_nifti(ward.root / "sub-1" / "sub-1_dseg.nii.gz")
+    summary = ward.index(modality="MR")
+    assert set(ward.column("modality")) == {
+        "imagesTr/a_0000.nii.gz",
+        "x/images/b.nii.gz",
+        "labels/kept.nii.gz",  # nothing beside it says that it is none
+        "y/z.nii.gz",
+    }
+    reasons = ward.reasons()
+    assert "labelsTr beside imagesTr" in reasons["labelsTr/a.nii.gz"]
+    assert "labels beside images" in reasons["x/labels/b.nii.gz"]
+    assert "by a dataset.json" in reasons["y/told.nii.gz"]
+    assert "BIDS suffix _dseg" in reasons["sub-1/sub-1_dseg.nii.gz"]
+    assert summary.rejected == 5  # and the dataset.json itself
+    (ward.root / "y" / "dataset.json").write_text("[3]")  # another program's
+    assert ward.index(modality="MR").added == 1
+
+
+def test_volumes_of_one_file_share_its_label_and_mask(ward: Ward, tmp_path: Path) -> None:
+    write_nifti(ward.root / "a.nii.gz", 1, shape=(4, 5, 6, 3))
+    write_nifti(tmp_path / "masks" / "a.nii.gz")
+    labels = write_table(tmp_path / "labels.csv", ("file", "label"), ("a.nii.gz", "x"))
+    options = {"modality": "MR", "labels": labels, "masks": tmp_path / "masks"}
+    assert ward.index(**options).scans == 3
+    rows = ward.manifest.rows
+    assert sorted(row.volume for row in rows) == [0, 1, 2]
+    assert len({row.scan_id for row in rows}) == 3
+    assert len({(row.path, row.label, row.mask_path, row.patient_id, row.sha256) for row in rows}) == 1
+    first = ward.bytes()
+    assert ward.index(**options).added == 0
+    assert ward.bytes() == first
+    one = index([ward.root], tmp_path / "first.csv", policy=Policy(volumes="first"), key_file=ward.key, **options)
+    assert one.scans == 1
+    assert read_manifest(tmp_path / "first.csv").rows[0].scan_id in {row.scan_id for row in rows if row.volume == 0}
+
+
+def test_what_is_not_plain_is_counted_and_another_policy_is_refused(ward: Ward) -> None:
+    for name in "ab":
+        slices = write_series(ward.root / name, patient=name, slices=range(8))
+        slices[3].unlink()
+    (ward.root / "one.txt").write_text("x")
+    (ward.root / "two.txt").write_text("x")
+    summary = ward.index(policy=Policy(missing="allow"))
+    assert summary.scans == 2
+    assert list(summary.irregular.values()) == [2]
+    assert summary.reasons == {"is neither DICOM, NIfTI nor a PNG, JPEG or TIFF image": 2}
+    (kind,) = summary.irregular
+    assert "…" in kind
+    assert f"  2: {kind}" in str(summary)
+    assert "  2: is neither DICOM" in str(summary)
+    before = ward.bytes()
+    for options in (
+        {},
+        {"policy": Policy(missing="allow", tilt="refuse")},
+        {"policy": Policy("allow"), "plane": "axial"},
+    ):
+        with pytest.raises(MedclrError, match=r"was made with other (policy\.missing|policy\.tilt|plane) \(see ward"):
+            ward.index(**options)
+    assert ward.bytes() == before
+
+
+def test_a_mistyped_key_makes_no_key(ward: Ward, tmp_path: Path) -> None:
+    write_nifti(ward.root / "sub-01_T1w.nii")
+    ward.index()
+    with pytest.raises(MedclrError, match="there is no such key; give the --key-file with which the manifest was made"):
+        ward.index(key_file=tmp_path / "kye")
+    assert not (tmp_path / "kye").exists()
+
+
+def test_splits_are_given_once(ward: Ward) -> None:
+    for i in range(6):
+        write_nifti(ward.root / f"sub-{i}_T1w.nii", i)
+    ward.index()
+    ward.index(split="train=0.5,test=0.5")
+    assert set(ward.column("split").values()) == {"train", "test"}
+    with pytest.raises(MedclrError, match="was made with other split"):
+        ward.index(split="train=0.9,test=0.1")
+    with pytest.raises(MedclrError, match="was made with other split"):
+        ward.index()

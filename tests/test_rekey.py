@@ -26,7 +26,9 @@ ID = re.compile(r"\b(?:p|st|se|s|f|k)-[0-9a-f]{16}\b|\b[0-9a-f]{64}\b")
 @pytest.fixture
 def ward(tmp_path: Path) -> Path:
     """A manifest with every kind of id: series, volumes with a mask, pictures, rejects, labels and splits."""
-    root = tmp_path / "scans"
+    root, key = tmp_path / "scans", tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("22" * 32)  # it puts patients into both splits
     for name in ("a", "b"):
         write_series(root / name, patient=name)
     write_nifti(root / "one.nii.gz", 1)
@@ -34,7 +36,7 @@ def ward(tmp_path: Path) -> Path:
     write_image(root / "sub-7_dx.png")
     (root / "notes.txt").write_text("x")
     labels = write_table(tmp_path / "labels.csv", ("patient_id", "label"), ("a", "sick"), ("b", "well"))
-    grow(tmp_path / "ward.csv", tmp_path / "key", labels=labels, masks=tmp_path / "masks", allow_unmatched=True)
+    grow(tmp_path / "ward.csv", key, labels=labels, masks=tmp_path / "masks", allow_unmatched=True)
     return tmp_path
 
 
