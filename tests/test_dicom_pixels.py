@@ -8,6 +8,7 @@ import pydicom
 import pytest
 from dicom_files import CT, NOWHERE, XRAY, ramp, sequence, write
 from numpy.typing import NDArray
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medclr.errors import ScanError
 from medclr.scans import dicom
@@ -73,6 +74,22 @@ def test_modality_lut_sequence(tmp_path: Path) -> None:
     assert read(tmp_path / "a", stored, ModalityLUTSequence=table, **XRAY).tolist() == [expected]
     elements = {"ModalityLUTSequence": table, "PhotometricInterpretation": "MONOCHROME1", **XRAY}
     assert read(tmp_path / "b", stored, **elements).tolist() == [[65535 - value for value in expected]]
+    narrow = sequence({"LUTDescriptor": [4, 10, 12], "LUTData": [0, 5, 50, 4095]})
+    turned = read(tmp_path / "c", stored, **elements | {"ModalityLUTSequence": narrow})
+    assert turned.tolist() == [[4095, 4095, 4090, 4045, 0, 0]]
+    narrow[0].LUTData = narrow[0].LUTData[:3]
+    with pytest.raises(ScanError, match="a Modality LUT of 3 values and announces 4"):
+        read(tmp_path / "d", stored, ModalityLUTSequence=narrow, **XRAY)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_modality_lut_of_bytes_or_words(tmp_path: Path, syntax: str, dtype: str) -> None:
+    table = sequence({"LUTDescriptor": [4, 0, 8], "LUTData": 0})
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    table[0].add_new("LUTData", "OW", np.array([9, 8, 7, 250], f"{order}{dtype}").tobytes())
+    stored = np.array([[0, 1, 2, 3]], np.uint16)
+    assert read(tmp_path / "a", stored, syntax=syntax, ModalityLUTSequence=table, **XRAY).tolist() == [[9, 8, 7, 250]]
 
 
 @pytest.mark.parametrize(

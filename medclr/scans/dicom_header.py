@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from pydicom.datadict import dictionary_description
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import Tag
@@ -48,8 +49,8 @@ _ELEMENTS = [
     for name in (
         *dicom_frames.ELEMENTS, "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID",
         "BodyPartExamined", "StudyInstanceUID", "SeriesInstanceUID", "SamplesPerPixel", "PhotometricInterpretation",
-        "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "BurnedInAnnotation", "RescaleSlope",
-        "RescaleIntercept", "RescaleType", "TotalPixelMatrixRows", "InConcatenationNumber",
+        "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation", "BurnedInAnnotation",
+        "RescaleSlope", "RescaleIntercept", "RescaleType", "TotalPixelMatrixRows", "InConcatenationNumber",
         "InConcatenationTotalNumber",
     )
 ]  # fmt: skip
@@ -176,8 +177,12 @@ def _refuse_what_is_no_image(dataset: Dataset) -> None:
     if code and code not in _MODALITY_OF:
         shown = f"has Modality {code}, which" if code in _OTHER_CODES else "has a Modality that"
         raise ScanError(f"{shown} is none of {', '.join(_MODALITY_OF)}")
-    if not text(dataset, "PhotometricInterpretation"):
-        raise ScanError("records no Photometric Interpretation")
+    needed = ["PhotometricInterpretation", "SamplesPerPixel"]
+    if integer(dataset, "BitsAllocated") <= 16:  # wider ones may be real numbers, with neither sign nor unused bits
+        needed += ["BitsStored", "PixelRepresentation"]
+    for name in needed:
+        if not raw(dataset, name):
+            raise ScanError(f"records no {dictionary_description(name)}")
     if text(dataset, "BitsStored") and not 0 < integer(dataset, "BitsStored") <= integer(dataset, "BitsAllocated"):
         raise ScanError(f"stores {integer(dataset, 'BitsStored')} bits in {integer(dataset, 'BitsAllocated')}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels import apply_color_lut, apply_modality_lut
+from pydicom.pixels import apply_color_lut
 
 from medclr.errors import ScanError
 from medclr.scans.dicom_header import Header, read_whole
@@ -93,8 +93,9 @@ def _grey(stored: NDArray[Any], dataset: Dataset, frame: int, row: Modality, tur
 
     is_air = padding is not None
     if dataset.get("ModalityLUTSequence"):
-        values: NDArray[np.float32] = apply_modality_lut(stored, dataset).astype(np.float32)
-        ends = 0.0, 2.0 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+        lut = dataset.ModalityLUTSequence[0]
+        values = _looked_up(stored, lut, "<u2" if dataset.original_encoding[1] else ">u2")
+        ends = 0.0, 2.0 ** int(lut.LUTDescriptor[2]) - 1
     else:
         slope, intercept = _rescale(dataset, frame)
         if slope == 1 and intercept.is_integer():  # exact: float32 holds the integers of 24 bits
@@ -113,6 +114,18 @@ def _grey(stored: NDArray[Any], dataset: Dataset, frame: int, row: Modality, tur
     if padded is not None and is_air:
         values[padded] = values.min() if row.air is None else row.air
     return values, window
+
+
+def _looked_up(stored: NDArray[Any], lut: Dataset, word: str) -> NDArray[np.float32]:
+    """Stored [H,W] through a Modality LUT (PS3.3 C.11.1.1), of any number of bits: pydicom knows only 8 and 16."""
+    entries, first = int(lut.LUTDescriptor[0]) or 2**16, int(lut.LUTDescriptor[1])
+    data = lut.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else word)
+    table = np.atleast_1d(data)[:entries].astype(np.float32)
+    if len(table) < entries:
+        raise ScanError(f"has a Modality LUT of {len(table)} values and announces {entries}")
+    return table[np.clip(stored.astype(np.int64) - first, 0, entries - 1)]
 
 
 def _rescale(dataset: Dataset, frame: int) -> tuple[float, float]:
