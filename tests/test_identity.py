@@ -122,12 +122,12 @@ def test_the_whole_road_tells_nothing(tmp_path: Path) -> None:
     ward.run("describe", "ward.csv")
     ward.run("describe", "store")
     ward.run("dedup", "store")
-    settings = ("--data.split", "train", "--epochs", "1", "--batch", "4", "--views.size_px", "24", "--monitor.sample", "4")
-    ward.run("pretrain", "--store", "store", "--out", "run", *settings)
+    tiny = ("--epochs", "1", "--batch", "4", "--views.size_px", "24", "--monitor.sample", "4")
+    ward.run("pretrain", "--store", "store", "--out", "run", "--data.split", "train", *tiny)
     of_run = ("--encoder", "run", "--store", "store")
     for road, words in (("probe", ("--budgets", "100%", "--seeds", "1")), ("embed", ("--out", "features.parquet"))):
         ward.run(road, *of_run, *words)
-    ward.run("embed", *of_run, "--out", "features.csv")
+    ward.run("embed", *of_run, "--out", "table.csv")
     assert ward.leaks() == []
     assert len([path for path in ward.work.rglob("*") if path.is_file()]) > 30
 
