@@ -176,6 +176,21 @@ def test_float_and_double_pixels(tmp_path: Path, name: str, dtype: str) -> None:
         dicom.read([path])
 
 
+def test_float_pixels_that_are_nan_are_air_and_infinite_ones_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", np.zeros((1, 3), np.float32), PixelRepresentation=None, BitsStored=None)
+    dataset = pydicom.dcmread(path)
+    del dataset.PixelData
+    dataset.FloatPixelData = np.array([-2, np.nan, 5], "<f4").tobytes()
+    dataset.save_as(path)
+    scan = dicom.read([path])
+    assert scan.voxels.ravel().tolist() == [-2, 0, 5]
+    assert scan.irregular == "1 of its 3 voxels are NaN, taken as air"
+    dataset.FloatPixelData = np.array([-2, np.inf, 5], "<f4").tobytes()
+    dataset.save_as(path)
+    with pytest.raises(ScanError, match="infinite"):
+        dicom.read([path])
+
+
 def test_one_bit_images_are_read_and_one_bit_segmentations_refused(tmp_path: Path) -> None:
     bits = np.random.RandomState(0).randint(0, 2, (2, 3, 8)).astype(np.uint8)
     packed = np.packbits(bits.ravel(), bitorder="little")  # PS3.5 8.1.1: first pixel, lowest bit

@@ -65,6 +65,16 @@ def test_ct_keeps_every_hounsfield_unit_and_returns_to_its_voxels(tmp_path):
     assert np.count_nonzero(squares != -1024) <= hu.size
 
 
+def test_what_only_the_voxels_tell_is_kept_beside_what_the_header_told(tmp_path):
+    values = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    values[1, 1, 1] = np.nan
+    save_nifti(tmp_path / "scans" / "a.nii", np.stack([values, values + 1], axis=-1), (1, 1, 1))
+    index([tmp_path / "scans"], tmp_path / "a.csv", modality="MR", key_file=tmp_path / "key")
+    prepare(tmp_path / "a.csv", tmp_path / "store", size_px=8, key_file=tmp_path / "key")
+    notes = {scan.irregular for scan in Store(tmp_path / "store").scans}
+    assert notes == {"one of 2 volumes of its file; 1 of its 24 voxels are NaN, taken as air"}
+
+
 def triangle(line: NDArray, n: int) -> NDArray:
     """Shrink the last axis: the antialiased bilinear filter, in float64 and by its definition."""
     ratio = line.shape[-1] / n

@@ -165,7 +165,7 @@ def _stored_scan(
         split=row.split,
         sha256=row.sha256,
         volume=row.volume,
-        irregular=row.irregular,
+        irregular="; ".join(dict.fromkeys(filter(None, [*row.irregular.split("; "), *scan.irregular.split("; ")]))),
         depth=depth,
         height=height,
         width=width,

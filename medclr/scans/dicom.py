@@ -19,6 +19,7 @@ from medclr.scans.dicom_series import Volume, candidates, find, volumes_of
 from medclr.scans.modality import MODALITIES, Modality, Window
 from medclr.scans.policy import ACCEPTED, DEFAULT, Plane, Policy
 from medclr.scans.scan import Scan, naming
+from medclr.scans.values import fill_nan
 
 __all__ = ["Header", "find", "is_dicom", "read", "read_header"]
 
@@ -58,10 +59,11 @@ def read(
     Returns:
         voxels [D,H,W]: rows and columns as stored, slices along the normal; after the modality LUT, so CT is in exact
         Hounsfield units. MONOCHROME1 is turned round (x -> lowest + highest representable value - x), but not where
-        grey levels are measurements (CT, PT, NM). Colour becomes luminance. Padding becomes the modality's air. PET and
-        nuclear medicine keep the units that the file records; standardised uptake values are left to the user. Frames
-        that the file does not put into space, such as those of a cine loop, are slices in the order of the file, with
-        their pixel spacing if it is known. ``window`` is that of the middle slice.
+        grey levels are measurements (CT, PT, NM). Colour becomes luminance. Padding, and NaN in floating-point pixels,
+        become the modality's air. PET and nuclear medicine keep the units that the file records; standardised uptake
+        values are left to the user. Frames that the file does not put into space, such as those of a cine loop, are
+        slices in the order of the file, with their pixel spacing if it is known. ``window`` is that of the middle
+        slice.
 
     Raises:
         ScanError: the files are not exactly one scan, or their pixels cannot be read with certainty.
@@ -92,14 +94,16 @@ def read(
                     slot = slots[file][index]
                     voxels[slot] = values
                     window = shown if slot == len(voxels) // 2 else window
+        is_finite = np.isfinite([voxels.min(), voxels.max()]).all()  # both would be NaN if a voxel were
     with naming(files[0]):
+        notes = filter(None, [chosen.found.irregular, "" if is_finite else fill_nan(voxels, row.name)])
         return Scan(
             voxels,
             chosen.grid.affine,
             chosen.grid.spacing_mm,
             row.name,
             source_shape=voxels.shape,
-            irregular=chosen.found.irregular,
+            irregular="; ".join(notes),
             window=window,
         )
 
