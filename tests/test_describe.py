@@ -174,6 +174,8 @@ def test_one_scan_and_very_many_are_drawn_quickly(tmp_path):
         ("is a copy of IM0001 (same place)", "is a copy of … (same place)"),
         ("f-0123456789abcdef says 'SMITH'", "… says …"),
         ("cannot be decoded (scan.nii.gz)", "cannot be decoded (…)"),
+        ("f-0123456789abcdef: 3 values that float32 blurs", "N values that float32 blurs"),
+        ("a.dcm: 2 gaps, which --policy.missing refuse keeps out", "N gaps, which --policy.missing refuse keeps out"),
     ],
 )
 def test_reasons_are_told_without_what_is_particular(reason, kind):

@@ -616,7 +616,7 @@ def test_wrong_folders_are_named(ward: Ward, tmp_path: Path) -> None:
     with pytest.raises(MedclrError, match="holds no files"):
         ward.index()
     (ward.root / "a.txt").write_text("x")
-    with pytest.raises(MedclrError, match=r"no usable scan; 1 of 1 files are like f-\w+, which is neither"):
+    with pytest.raises(MedclrError, match=r"no usable scan; 1 of 1 files are like f-\w+: is neither"):
         ward.index()
     for roots, message in (
         ([tmp_path / "nowhere"], "no such folder"),

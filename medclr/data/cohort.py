@@ -131,7 +131,7 @@ def _copies(path: Path) -> Counter[str]:
     return counts
 
 
-_PARTICULAR = re.compile(r"'[^']*'|(?<=copy of )\S+|[^\s(),;]+\.[A-Za-z]\w*|\bf-[0-9a-f]{8,}")
+_PARTICULAR = re.compile(r"'[^']*'|(?<=copy of )\S+|(?<![^\s(),;])(?!--)[^\s(),;]+\.[A-Za-z]\w*|\bf-[0-9a-f]{8,}")
 """A value that was found, or the name of a file: no part of the kind, and not for a page that may be passed on."""
 
 
@@ -139,7 +139,8 @@ def _kinds(texts: Iterable[tuple[str, int]]) -> Counter[str]:
     """(text, how often) -> kinds, which differ in more than in numbers and names."""
     counts: Counter[str] = Counter()
     for text, count in texts:
-        counts[re.sub(r"\d+(?:[.,]\d+)*", "N", _PARTICULAR.sub("…", text))] += count
+        kind = _PARTICULAR.sub("…", text)
+        counts[re.sub(r"(?<!\w)\d+(?:[.,]\d+)*", "N", kind.removeprefix("…: "))] += count
     return counts
 
 

@@ -98,7 +98,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def _counted(texts: Iterable[str]) -> dict[str, int]:
     """Equal texts, whatever numbers are in them, the commonest first."""
-    counts = Counter(re.sub(r"\d[\d.,]*(?<=\d)", "…", text) for text in texts)
+    counts = Counter(re.sub(r"(?<!\w)\d[\d.,]*(?<=\d)", "…", text) for text in texts)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -431,7 +431,7 @@ def _nothing(folders: Sequence[str], refused: Sequence[Refused], namer: Namer) -
     example = next(r for r in refused if r.reason == reason)
     return (
         f"{', '.join(folders)}: no usable scan; {count} of {len(refused)} files are like"
-        f" {namer.shown(example.root, example.path)}, which {reason}"
+        f" {namer.shown(example.root, example.path)}: {reason}"
     )
 
 
