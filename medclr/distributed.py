@@ -82,6 +82,22 @@ class _GlobalBatchNorm(_BatchNorm):
         return out if self.bias is None else out + self.bias.view(shape)
 
 
+def _meeting_place() -> dict[str, Any]:
+    """Where the processes of one start of ``torchrun`` meet, as arguments of ``init_process_group``.
+
+    torchrun keeps one store over its restarts (torch issue 135712), in which new processes would find the addresses of
+    dead ones and wait for ever; so each start gets keys of its own. The count of restarts is that of one node's agent:
+    with several nodes, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for them (docs/scaling.md).
+    """
+    here = os.environ
+    if here.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or here.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    rank, world_size = int(here["RANK"]), int(here["WORLD_SIZE"])
+    store = dist.TCPStore(here["MASTER_ADDR"], int(here["MASTER_PORT"]), world_size, is_master=False)  # type: ignore[attr-defined]
+    start = f"medclr/{here['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": world_size}  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Group:
     """The processes of one run. ``Group()`` is a single process, for which every method does nothing."""
@@ -111,7 +127,7 @@ class Group:
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if is_ours := not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            dist.init_process_group("nccl" if on_gpu else "gloo", **_meeting_place())
         control = dist.new_group(backend="gloo") if on_gpu else None
         return cls(dist.get_rank(), dist.get_world_size(), control, is_ours)
 
