@@ -220,19 +220,31 @@ def _check_frames(dataset: Dataset, syntax: UID) -> int:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int, int, int] | None:
-    """Rows, columns, components and bits of a JPEG or JPEG-LS codestream (ITU-T T.81 B.2.2, T.87 C.2.2)."""
-    if data[:2] != b"\xff\xd8":
-        return None
+    """Rows, columns, components and bits of a JPEG or JPEG-LS codestream (ITU-T T.81 B.2.2, T.87 C.2.2).
+
+    None unless all of its header, up to the first scan, is sound: at whatever libjpeg would merely warn of there, GDCM
+    ends the process.
+    """
+    size, transform = None, 0
     at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        segment = data[at + 4 : at + 2 + length]
         if marker == 0xFF:  # fill byte
             at += 1
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            rows, columns = (int.from_bytes(data[at + i : at + i + 2]) for i in (5, 7))
-            return rows, columns, data[at + 9], data[at + 4]
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+            continue
+        if len(segment) != length - 2 or marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # these have no segment: not here
+            return None
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns = (int.from_bytes(segment[i : i + 2]) for i in (1, 3))
+            size = (rows, columns, segment[5], segment[0]) if length > 7 else None
+        elif marker == 0xE0 and segment[:5] == b"JFIF\0" and segment[5:6] != b"\1":  # of a version that is not known
+            return None
+        elif marker == 0xEE and segment[:5] == b"Adobe" and length > 13:
+            transform = segment[11]  # 1: YCbCr, 0: none; 2 is for four components
+        elif marker == 0xDA:
+            return size if transform <= 1 else None
+        at += 2 + length
     return None
 
 
