@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +11,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from numpy.typing import NDArray
 
 from medclr import scans
-from medclr.errors import ScanError
+from medclr.errors import MedclrError, ScanError
 from medclr.scans import nifti
 from medclr.scans.policy import ACCEPTED, Plane, Policy
 from medclr.scans.scan import Scan
@@ -115,6 +116,14 @@ def test_each_plane_of_each_order_shows_what_nibabel_shows(tmp_path: Path, codes
     np.testing.assert_allclose(index, np.rint(index), atol=1e-4)
     x, y, z = np.rint(index[:3]).astype(int)
     assert np.array_equal(scan.voxels.ravel(), np.asanyarray(canonical.dataobj)[x, y, z])
+
+
+def test_a_misspelt_plane_or_policy_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    misspelt: Any = "saggital"
+    with pytest.raises(ScanError, match="plane 'saggital': is none of axial, coronal, sagittal"):
+        scans.read([save(tmp_path / "a.nii", np.zeros((2, 3, 4), np.int16))], "CT", plane=misspelt)
+    with pytest.raises(MedclrError, match="policy.tilt 'saggital': is none of refuse, allow"):
+        Policy(tilt=misspelt)
 
 
 def test_the_plane_of_a_row_leads_to_the_same_slices(tmp_path: Path) -> None:

@@ -214,6 +214,8 @@ def _view(header: Header, plane: Plane | None) -> View:
     if 1 in header.shape:
         across = header.shape.index(1)  # whatever its thickness
     elif plane:
+        if plane not in _PLANES:
+            raise ScanError(f"plane {plane!r}: is none of axial, coronal, sagittal")
         across = world.index(_PLANES.index(plane))
     else:
         coarse = [axis for axis in range(3) if spacing[axis] >= _ISOTROPIC * spacing.max()]

@@ -5,7 +5,9 @@ manifest's column ``irregular``; what was not stands among the rejects with the 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
+
+from medclr.errors import MedclrError
 
 Plane = Literal["axial", "coronal", "sagittal"]
 
@@ -31,6 +33,11 @@ class Policy:
 
     burned_in: Literal["refuse", "allow"] = "refuse"
     """Burned In Annotation (0028,0301) is YES: a name may stand in the picture. Refuse the file, or allow it."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Policy).items():
+            if (choice := getattr(self, name)) not in get_args(kind):
+                raise MedclrError(f"policy.{name} {choice!r}: is none of {', '.join(get_args(kind))}")
 
 
 DEFAULT = Policy()
