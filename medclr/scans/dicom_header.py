@@ -109,7 +109,16 @@ def read_header(path: Path, data: bytes | BinaryIO | None = None) -> Header:
                 return _read_header(path, file)
         return _read_header(path, BytesIO(data) if isinstance(data, bytes) else data)
     except OSError as error:
-        raise ScanError(f"cannot be read ({error.strerror or error})") from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> ScanError:
+    """The disk's trouble, or the file's: in a sequence, pydicom makes an OSError of whatever reading raises."""
+    if isinstance(error.__context__, ScanError):
+        return error.__context__
+    if error.errno is None:
+        return ScanError("cannot be read as DICOM (it breaks off inside a sequence)")
+    return ScanError(f"cannot be read ({error.strerror})")
 
 
 def _read_header(path: Path, file: BinaryIO) -> Header:
@@ -137,6 +146,8 @@ def read_whole(path: Path) -> tuple[Dataset, Header]:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
             dataset = read_partial(bounded(inflated(file)), _behind_pixels(), force=True)
+            if not dataset:  # pydicom keeps the end of the file inside the pixels to itself
+                raise EOFError
             _refuse_what_is_no_image(dataset)
             held = [raw(dataset, tag) for tag in sorted(_PIXELS) if tag in dataset]
             if not held:
@@ -146,7 +157,7 @@ def read_whole(path: Path) -> tuple[Dataset, Header]:
     except ScanError:
         raise
     except OSError as error:
-        raise ScanError(f"cannot be read ({error.strerror or error})") from error
+        raise _unreadable(error) from error
     except Exception as error:
         read_header(path)  # has the better reason, unless the break lies in or behind the pixels
         raise ScanError("is cut short or broken after its header") from error
