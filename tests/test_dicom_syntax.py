@@ -288,6 +288,17 @@ def test_a_file_that_lies_is_refused_soon_and_in_little_memory(tmp_path: Path, n
     assert reason in outcome
 
 
+def test_encapsulated_pixels_without_an_end_are_what_is_broken(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", ramp("uint16", 0, 4095))
+    dataset = pydicom.dcmread(path)
+    dataset.compress(RLELossless)
+    dataset.save_as(path)
+    path.write_bytes(path.read_bytes()[:-8])  # the sequence delimiter
+    with pytest.raises(ScanError, match="is cut short or broken after its header"):
+        dicom.read([path])
+
+
+
 def test_a_panicking_codec_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pyo3's PanicException derives from BaseException, and would end a night of preparing."""
 

@@ -122,7 +122,7 @@ def test_a_misspelt_plane_or_policy_is_named_with_the_known_ones(tmp_path: Path)
     misspelt: Any = "saggital"
     with pytest.raises(ScanError, match="plane 'saggital': is none of axial, coronal, sagittal"):
         scans.read([save(tmp_path / "a.nii", np.zeros((2, 3, 4), np.int16))], "CT", plane=misspelt)
-    with pytest.raises(MedclrError, match="policy.tilt 'saggital': is none of refuse, allow"):
+    with pytest.raises(MedclrError, match=r"policy\.tilt 'saggital': is none of refuse, allow"):
         Policy(tilt=misspelt)
 
 
