@@ -298,7 +298,6 @@ def test_encapsulated_pixels_without_an_end_are_what_is_broken(tmp_path: Path) -
         dicom.read([path])
 
 
-
 def test_a_panicking_codec_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pyo3's PanicException derives from BaseException, and would end a night of preparing."""
 
