@@ -5,7 +5,6 @@ make a scan and ``dicom_geometry.py`` on which grid; ``dicom_syntax.py`` checks 
 holds, and ``dicom_pixels.py`` brings its pixels to physical values. What cannot be read with certainty is refused.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from medclr.errors import ScanError
 from medclr.scans.dicom_header import Header, read_header, read_whole
 from medclr.scans.dicom_pixels import physical
 from medclr.scans.dicom_series import Volume, candidates, find, volumes_of
+from medclr.scans.dicom_values import unheard
 from medclr.scans.modality import MODALITIES, Modality, Window
 from medclr.scans.policy import ACCEPTED, DEFAULT, Plane, Policy
 from medclr.scans.scan import Scan, naming
@@ -71,8 +71,7 @@ def read(
     files = [Path(file) for file in files]
     if not files:
         raise ScanError("no DICOM files were given")
-    with warnings.catch_warnings():  # what pydicom warns of is either harmless or checked
-        warnings.simplefilter("ignore")
+    with unheard():
         datasets, headers = {}, []
         for file in files:
             with naming(file):

@@ -4,7 +4,6 @@ Read without the pixels and, for speed, without pydicom's conversions. What is n
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,7 +21,7 @@ from medclr.scans import dicom_frames
 from medclr.scans.dicom_body_part import body_part
 from medclr.scans.dicom_frames import Slice
 from medclr.scans.dicom_syntax import bounded, check_held, inflated
-from medclr.scans.dicom_values import functional, integer, numbers, raw, text
+from medclr.scans.dicom_values import functional, integer, numbers, raw, text, unheard
 from medclr.scans.modality import MODALITIES
 
 _MODALITY_OF = {code: row.name for row in MODALITIES.values() for code in row.dicom}
@@ -123,8 +122,7 @@ def _unreadable(error: OSError) -> ScanError:
 
 def _read_header(path: Path, file: BinaryIO) -> Header:
     try:
-        with warnings.catch_warnings():  # pydicom warns of deviations that do not matter here
-            warnings.simplefilter("ignore")
+        with unheard():
             plain = bounded(inflated(file))
             dataset = read_partial(plain, lambda tag, vr, length: tag in _PIXELS, force=True, specific_tags=_ELEMENTS)
             _refuse_what_is_no_image(dataset)
@@ -143,8 +141,7 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
 def read_whole(path: Path) -> tuple[Dataset, Header]:
     """A file with its pixels, as they are stored, and its header; raises as ``read_header``."""
     try:
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")
+        with unheard(), path.open("rb") as file:
             dataset = read_partial(bounded(inflated(file)), _behind_pixels(), force=True)
             if not dataset:  # pydicom keeps the end of the file inside the pixels to itself
                 raise EOFError

@@ -4,7 +4,6 @@ What cannot be read with certainty is refused.
 """
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pydicom.pixels import apply_color_lut
 from medclr.errors import ScanError
 from medclr.scans.dicom_header import Header, read_whole
 from medclr.scans.dicom_syntax import decoded
-from medclr.scans.dicom_values import functional
+from medclr.scans.dicom_values import functional, unheard
 from medclr.scans.modality import MODALITIES, Modality, Window
 
 # Recommendation ITU-R BT.601, as in YBR_FULL (PS3.3 C.7.6.3.1.2).
@@ -57,8 +56,7 @@ def physical(dataset: Dataset, header: Header, row: Modality, frames: Sequence[i
 
 def fingerprint(path: Path) -> str:
     """A hash of the values of all its frames; raises as ``physical`` and ``read_header``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with unheard():
         dataset, header = read_whole(path)
         digest = hashlib.sha256()
         for values, _ in physical(dataset, header, MODALITIES[header.modality or "OT"], range(header.frames)):

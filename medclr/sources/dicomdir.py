@@ -4,7 +4,6 @@ Exactly the files that it references are taken, where they lie. Nothing else of 
 says better.
 """
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from medclr.errors import MedclrError
+from medclr.scans.dicom_values import unheard
 from medclr.sources import Brought
 
 
@@ -26,8 +26,7 @@ def is_dicomdir(root: str | Path) -> bool:
         if file.read(132)[128:] != b"DICM":
             return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with unheard():
             uid = read_file_meta_info(path).get("MediaStorageSOPClassUID")
     except Exception:  # whatever pydicom makes of broken bytes
         return False
@@ -45,8 +44,7 @@ def bring(root: str | Path, copies: Path) -> Brought:
     """
     path = Path(root).absolute()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with unheard():
             names = list(dict.fromkeys(_references(dcmread(path))))
     except Exception as error:  # whatever pydicom makes of broken bytes
         raise MedclrError(

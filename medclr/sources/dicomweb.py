@@ -18,6 +18,7 @@ from pydicom import dcmread
 from medclr import files
 from medclr.errors import MedclrError
 from medclr.progress import Advance, progress
+from medclr.scans.dicom_values import unheard
 from medclr.sources import Brought, place
 from medclr.sources.multipart import BrokenBody, boundary_of, parts
 from medclr.sources.server import CREDENTIALS, Refused, Server
@@ -175,7 +176,8 @@ class _Fetching:
 
 def _uid_of(path: Path) -> str:
     try:
-        uid = dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+        with unheard():
+            uid = dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"]).SOPInstanceUID
     except Exception as error:  # whatever pydicom makes of it
         raise Refused("the server sends something that is no DICOM") from error
     return _checked(uid)
