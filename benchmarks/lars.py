@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from medclr.config import EncoderConfig
 from medclr.models.encoder import build_encoder
@@ -23,13 +24,9 @@ from medclr.optim.lars import LARS, param_groups
 LIMIT = 1.5
 
 
-def main() -> int:
-    """Measure and print; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    network = build_encoder(EncoderConfig(name="resnet50"), 224).to(arguments.device)
+def times(network: nn.Module, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each step of each optimizer over the network's weights, where they are."""
+    device = next(network.parameters()).device
 
     def ready(build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         own = copy.deepcopy(network)
@@ -45,7 +42,7 @@ def main() -> int:
     }
 
     def milliseconds(optimizer: torch.optim.Optimizer) -> float:
-        wait = torch.cuda.synchronize if arguments.device.startswith("cuda") else lambda: None
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         wait()
         started = time.perf_counter()
         optimizer.step()
@@ -55,9 +52,20 @@ def main() -> int:
     for optimizer in optimizers.values():
         milliseconds(optimizer)  # the first step makes the momentum
     measured: dict[str, list[float]] = {name: [] for name in optimizers}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for name, optimizer in optimizers.items():
             measured[name].append(milliseconds(optimizer))
+    return measured
+
+
+def main() -> int:
+    """Measure and print; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    network = build_encoder(EncoderConfig(name="resnet50"), 224).to(arguments.device)
+    measured = times(network, arguments.rounds)
     median = {name: statistics.median(values) for name, values in measured.items()}
     n = sum(weight.numel() for weight in network.parameters())
     print(f"ResNet-50, {n:,} weights, {arguments.device}; median of {arguments.rounds} steps (fastest to slowest)")

@@ -170,7 +170,16 @@ def _train(request: Request, store: Store) -> RunSummary:
             indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
         plan = plan_of(settings.batch, settings.chunk, group)
         per_scan = settings.data.slices_per_scan
-        loader = Loader(store, indices, settings.batch, settings.seed, plan.rows, plan.pieces, per_scan)
+        loader = Loader(
+            store,
+            indices,
+            settings.batch,
+            settings.seed,
+            plan.rows,
+            plan.pieces,
+            per_scan,
+            pinned=device.type == "cuda",
+        )
         check(request.track)
         if not group.is_first:
             return _loop(request, loader, plan, group, device)

@@ -9,7 +9,7 @@ Shape letters: B slices of a batch, S = size_px.
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -133,6 +133,7 @@ class Loader:
         rows: which rows [b] of each global batch are this process's; None: all.
         pieces: in which pieces, numbers among ``rows``, a batch is handed out; None: in one.
         slices_per_scan: an epoch takes at most so many slices of each scan, drawn anew for each epoch; None: all.
+        pinned: keep the pixels where a GPU can fetch them by itself, without anyone waiting; needs a GPU.
 
     Raises:
         MedclrError: the batch is larger than what an epoch holds.
@@ -147,6 +148,8 @@ class Loader:
         rows: NDArray[np.int64] | None = None,
         pieces: Sequence[NDArray[np.int64]] | None = None,
         slices_per_scan: int | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
         self.store = store
         self.indices = np.asarray(indices, dtype=np.int64)
@@ -155,6 +158,7 @@ class Loader:
         self.slices_per_scan = slices_per_scan
         if slices_per_scan is not None and slices_per_scan < 1:
             raise MedclrError(f"data.slices_per_scan {slices_per_scan} must be at least 1, or null for all")
+        self._pinned = pinned
         self._rows = np.arange(batch_size) if rows is None else rows  # [b]
         self._pieces = [np.arange(len(self._rows))] if pieces is None else pieces
         n_slices = len(self.order(0))
@@ -196,10 +200,14 @@ class Loader:
         waiting: deque[Future[Batch]] = deque()
         try:
             for indices in batches:
-                waiting.append(pool.submit(load_batch, self.store, indices))
+                waiting.append(pool.submit(self._read, indices))
                 if len(waiting) > READ_AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, indices: NDArray[np.int64]) -> Batch:
+        batch = load_batch(self.store, indices)
+        return replace(batch, images=batch.images.pin_memory()) if self._pinned else batch
