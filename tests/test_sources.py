@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from pydicom import dcmread
@@ -253,19 +254,24 @@ def test_archives_in_archives(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_of_a_damaged_archive_the_rest_is_read(tmp_path: Path, kind: str) -> None:
-    noise = {f"{i:02d}": os.urandom(40_000) for i in range(30)}  # several blocks of bzip2
+    random = Random(0)
+    noise = {f"{i:02d}": random.randbytes(40_000) for i in range(30)}  # several blocks of bzip2
     path = WRITERS[kind](tmp_path / "whole", noise)
     whole = path.read_bytes()
     hurt = bytearray(whole)
     middle = len(hurt) * 9 // 10
     hurt[middle : middle + 2000] = bytes(2000)
     (tmp_path / "hurt").write_bytes(hurt)
-    taken, refused = unpacked(tmp_path / "hurt")
-    assert refused or kind == "tar"  # in a plain tar only its headers are known to be whole
-    assert len(taken) >= 15
-    if kind != "tar":
-        assert taken.items() < noise.items()
-        assert all("damaged" in reason for reason in refused.values())
+    if kind.startswith("tar."):  # one checksum, behind them all
+        with pytest.raises(MedclrError, match="hurt: is damaged, and nobody knows which of its files are whole"):
+            unpacked(tmp_path / "hurt")
+    else:
+        taken, refused = unpacked(tmp_path / "hurt")
+        assert refused or kind == "tar"  # in a plain tar only its headers are known to be whole
+        assert len(taken) >= 15
+        if kind != "tar":
+            assert taken.items() < noise.items()
+            assert all("damaged" in reason for reason in refused.values())
 
     (tmp_path / "cut").write_bytes(whole[:middle])
     if kind.startswith("zip"):
@@ -276,6 +282,22 @@ def test_of_a_damaged_archive_the_rest_is_read(tmp_path: Path, kind: str) -> Non
         assert taken.items() < noise.items()
         assert len(taken) >= 15
         assert "is damaged or incomplete" in refused[""]
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz"])
+def test_one_bit_of_a_compressed_tar_is_missed(tmp_path: Path, kind: str) -> None:
+    """Deflate keeps what does not shrink as it is: nothing but the checksum at the very end tells of the bit."""
+    scan = {"a/1.dcm": Random(0).randbytes(40_000)}
+    hurt = bytearray(WRITERS[kind](tmp_path / "hurt", scan).read_bytes())
+    hurt[len(hurt) // 2] ^= 1
+    outer = write_zip(tmp_path / "outer.zip", {f"inner.{kind}": bytes(hurt), "b/2.dcm": b"2", "../x": b""})
+    taken, refused = unpacked(outer)
+    if kind == "tar.bz2":  # its first block shows nothing, so that it is no archive at all
+        assert taken.keys() == {f"inner.{kind}", "b/2.dcm"}
+    else:
+        assert taken == {"b/2.dcm": b"2"}
+        assert "nobody knows which of its files are whole" in refused[f"inner.{kind}"]
+    assert "leads out" in refused["../x"]
 
 
 def test_a_tar_that_ends_at_a_damaged_header_is_not_taken_for_whole(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ links and devices are refused, bytes are counted as they are inflated, entries t
 archive inside an archive is opened one level deep. What is refused is reported with the reason; the rest is read.
 
 ``.source.json`` in the folder says of which archive (size and time) it holds the members, and whether all of them.
+A compressed tar has one checksum for all of its files, so a wrong one refuses them all.
 Members carry the archive's time, so that a new edition of an archive counts as new files.
 """
 
@@ -20,7 +21,18 @@ from medclr import files
 from medclr.errors import MedclrError, ScanError
 from medclr.progress import Advance, progress
 from medclr.sources import Brought, place
-from medclr.sources.members import COMPRESSED, DAMAGE, HEAD_BYTES, Bomb, Member, Names, kind_of, members_of, printable
+from medclr.sources.members import (
+    COMPRESSED,
+    DAMAGE,
+    HEAD_BYTES,
+    Bomb,
+    Corrupt,
+    Member,
+    Names,
+    kind_of,
+    members_of,
+    printable,
+)
 
 RATIO = 200
 """An archive may unfold to so many times its own size, ..."""
@@ -149,6 +161,11 @@ class _Unpacking:
                 if not inside:
                     self._advance(member.end // 10**6 - done)
                     done = member.end // 10**6
+        except Corrupt as error:
+            if (folder := self._folder / inside).is_dir():
+                _empty(folder)
+            self.refused = [one for one in self.refused if inside and not one[0].startswith(f"{inside}/")]
+            self.refused.append((inside, str(error)))
         except DAMAGE as error:
             self.refused.append((inside, f"is damaged or incomplete ({type(error).__name__}); fetch it again"))
 

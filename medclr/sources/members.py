@@ -49,6 +49,10 @@ class Bomb(ScanError):
     """The archive unfolds to more than it may."""
 
 
+class Corrupt(ScanError):
+    """What came out of a compressed tar cannot be trusted, not even what came out long before."""
+
+
 class Readable(Protocol):
     """As much of a file as unpacking needs."""
 
@@ -103,7 +107,8 @@ def members_of(file: IO[bytes], inflated: Callable[[int], None]) -> Iterator[Mem
 
     Raises:
         Bomb: it holds more than MEMBERS entries.
-        DAMAGE: it is damaged; what came before is whole.
+        Corrupt: it is damaged, and so may be what came before.
+        DAMAGE: it is damaged or cut short; what came before is whole.
     """
     kind = kind_of(file.read(HEAD_BYTES))
     file.seek(0)
@@ -147,18 +152,26 @@ def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo, inflated: Callable[
 
 def _tar_members(file: IO[bytes], kind: str, inflated: Callable[[int], None]) -> Iterator[Member]:
     stream = _Inflating(file if kind == "tar" else _COMPRESSIONS[kind][2](file), inflated)
-    with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as opened:  # type: ignore[call-overload]
-        for info in opened:
-            opened.members.clear()  # it would keep them all
-            if info.isdir():
-                continue
-            problem = ""
-            if info.issym() or info.islnk():
-                problem = "is a link; give what it leads to"
-            elif not info.isreg():
-                problem = "is no plain file"
-            yield Member(info.name, info.size, None, problem, file.tell(), partial(opened.extractfile, info))
-    if stream.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+    try:
+        with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as opened:  # type: ignore[call-overload]
+            for info in opened:
+                opened.members.clear()  # it would keep them all
+                if info.isdir():
+                    continue
+                problem = ""
+                if info.issym() or info.islnk():
+                    problem = "is a link; give what it leads to"
+                elif not info.isreg():
+                    problem = "is no plain file"
+                yield Member(info.name, info.size, None, problem, file.tell(), partial(opened.extractfile, info))
+        is_ended = stream.last == bytes(tarfile.BLOCKSIZE)  # tarfile takes a damaged header for the end
+        while stream.read(HEAD_BYTES):  # behind the last file comes the checksum of all
+            pass
+    except DAMAGE as error:
+        if stream.is_corrupt:
+            raise Corrupt("is damaged, and nobody knows which of its files are whole; fetch it again") from error
+        raise
+    if not is_ended:
         raise tarfile.ReadError("no end mark")
 
 
@@ -170,6 +183,8 @@ class _Inflating:
         self._inflated = inflated
         self._position = 0
         self._damage: BaseException | None = None
+        self.is_corrupt = False
+        """Whether it is broken otherwise than by being cut short: a checksum tells it only behind what is wrong."""
         self.last = b""
         """What was read last."""
 
@@ -185,6 +200,7 @@ class _Inflating:
             self.last = self._source.read(size)
         except Exception as error:
             self._damage = error
+            self.is_corrupt = not isinstance(error, EOFError)
             if isinstance(error, OSError) and error.errno is None:  # bzip2 says no more
                 raise tarfile.ReadError(str(error)) from error
             raise
