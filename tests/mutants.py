@@ -194,7 +194,7 @@ def _dicom(rng: Random, data: bytes) -> tuple[bytes, str]:
         if rng.random() < 0.2:
             return data[:start] + _bomb(inner), f"deflated again: {step}; {BOMB_MB} MB of zeros behind it"
         return data[:start] + zlib.compress(inner, 1, wbits=-15), f"deflated again: {step}"
-    return _one(rng, (_tell, _tell, _lengths, _reorder, _nest))(rng, data)
+    return _one(rng, (_tell, _tell, _lengths, _reorder, _nest, _frame))(rng, data)
 
 
 def _meta_end(data: bytes) -> int:
@@ -310,6 +310,14 @@ _NIFTI = (
     "dim", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl_slope", "scl_inter", "xyzt_units", "qform_code",
     "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_z", "sizeof_hdr",
 )  # fmt: skip
+
+
+def _frame(rng: Random, data: bytes) -> tuple[bytes, str]:
+    """Bytes of the pixels damaged, most often where the header of an encapsulated frame is."""
+    start = max(data.rfind(b"\xe0\x7f\x10\0"), data.rfind(b"\x7f\xe0\0\x10")) + 8
+    end = min(len(data), start + _one(rng, (64, 256, 1024, 2**20)))
+    inner, step = _one(rng, _PLAIN)(rng, data[start:end])
+    return data[:start] + inner + data[end:], f"in the pixels at {start}: {step}"
 
 
 def _is_nifti(data: bytes) -> bool:

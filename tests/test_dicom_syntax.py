@@ -18,7 +18,7 @@ from conftest import shared_data
 from dicom_files import CT, NOWHERE, XRAY, at, enhanced, find, ramp, write
 from PIL import Image
 from pydicom.data import get_testdata_file
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     HTJ2K,
@@ -235,6 +235,13 @@ def another_size(path: Path, syntax: UID) -> Path:
     return packed(path, syntax, Rows=64, Columns=48)
 
 
+def flawed(path: Path, sound: bytes, flaw: bytes) -> Path:
+    """A JPEG file in whose frame the first ``sound`` bytes are replaced."""
+    (frame,) = generate_frames(pydicom.dcmread(packed(path, JPEGLosslessSV1)).PixelData, number_of_frames=1)
+    assert sound in frame
+    return forged(path, PixelData=encapsulate([frame.replace(sound, flaw, 1)]))
+
+
 SEQUENCE = struct.pack("<HH2sHI", 0x0040, 0x0275, b"SQ", 0, 0xFFFFFFFF)
 ITEM = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
 EMPTY_ITEM = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
@@ -259,6 +266,15 @@ LIES: dict[str, tuple[Callable[[Path], Path], str]] = {
         for syntax in (JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless)
     },
     "no codestream": (lambda p: forged(packed(p), PixelData=encapsulate([b"GIF89a" * 50])), "holds a frame that is no"),
+    **{  # GDCM would end the process at the first three
+        f"flawed JPEG, {flaw.hex()}": (lambda p, sound=sound, flaw=flaw: flawed(p, sound, flaw), "is no sound JPEG")
+        for sound, flaw in (
+            (b"\xff\xc4", b"\x7f\xc4"),
+            (b"\xff\xc4", b"\xff\xd4"),
+            (b"\xff\xd8", b"\xff\xd8\xff\xe0\0\x10JFIF\0\2\0\0\0\1\0\1\0\0"),
+            (b"\xff\xd9", b"\0\0"),
+        )
+    },
     "no fragments": (lambda p: forged(packed(p), PixelData=b"\xfe\xff\0\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"), ""),
     "rle": (lambda p: forged(packed(p, RLELossless), PixelData=encapsulate([b"\xff" * 64 + b"\x81\0" * 99])), ""),
     "length": (lambda p: with_length(p, 2**32 - 2), "is read"),

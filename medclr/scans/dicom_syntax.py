@@ -208,7 +208,7 @@ def _check_frames(dataset: Dataset, syntax: UID) -> int:
             continue
         own = _j2k_size(encoded) if syntax in _JPEG2000 else _jpeg_size(encoded)
         if own is None:
-            raise ScanError(f"holds a frame that is no {syntax.name}")
+            raise ScanError(f"holds a frame that is no sound {syntax.name}, or is cut short")
         *size, bits = own
         precision.add(bits)
         if tuple(size) != announced or len(precision) > 1 or bits > integer(dataset, "BitsAllocated"):
@@ -222,8 +222,8 @@ def _check_frames(dataset: Dataset, syntax: UID) -> int:
 def _jpeg_size(data: bytes) -> tuple[int, int, int, int] | None:
     """Rows, columns, components and bits of a JPEG or JPEG-LS codestream (ITU-T T.81 B.2.2, T.87 C.2.2).
 
-    None unless all of its header, up to the first scan, is sound: at whatever libjpeg would merely warn of there, GDCM
-    ends the process.
+    None unless all of its header, up to the first scan, is sound, and it has an end: at whatever libjpeg would merely
+    warn of there, GDCM ends the process, and CharLS searches for an end at length.
     """
     size, transform = None, 0
     at = 2
@@ -241,9 +241,10 @@ def _jpeg_size(data: bytes) -> tuple[int, int, int, int] | None:
         elif marker == 0xE0 and segment[:5] == b"JFIF\0" and segment[5:6] != b"\1":  # of a version that is not known
             return None
         elif marker == 0xEE and segment[:5] == b"Adobe" and length > 13:
-            transform = segment[11]  # 1: YCbCr, 0: none; 2 is for four components
+            transform = segment[11]  # of three components 0: none, or 1: YCbCr
         elif marker == 0xDA:
-            return size if transform <= 1 else None
+            is_sound = size and (size[2] != 3 or transform <= 1) and data.find(b"\xff\xd9", at) > 0
+            return size if is_sound else None
         at += 2 + length
     return None
 
