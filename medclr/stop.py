@@ -14,7 +14,8 @@ class StopRequest:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._signal = 0
+        self._received = 0  # the signal handler alone writes it, so that none is lost while others are asked
+        self._agreed = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -29,16 +30,16 @@ class StopRequest:
 
     def _receive(self, number: int, frame: Any) -> None:
         # torchrun passes on what the terminal has sent to everyone: there, a second one is no second wish.
-        if self._signal == number == signal.SIGINT and self._group.world_size == 1:
+        if self._received == number == signal.SIGINT and self._group.world_size == 1:
             raise KeyboardInterrupt
-        self._signal = max(self._signal, number)
+        self._received = max(self._received, number)
 
     def asked(self) -> bool:
         """Whether any process was asked to stop; the same answer in all of them, which must all ask."""
-        self._signal = self._group.highest(self._signal)
-        return self._signal > 0
+        self._agreed = self._group.highest(self._received)
+        return self._agreed > 0
 
     def leaving(self, step: int, total: int, out: Path) -> KeyboardInterrupt:
         """What to raise once all is saved."""
-        kind = Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
+        kind = Terminated if self._agreed == signal.SIGTERM else KeyboardInterrupt
         return kind(f"saved step {step} of {total} in {out}; the same command again goes on")
