@@ -183,8 +183,8 @@ def _train(request: Request, store: Store) -> RunSummary:
         check(request.track)
         if not group.is_first:
             return _loop(request, loader, plan, group, device)
-        open_run(request)  # after all that can be refused: a run that never started leaves nothing
-        with alone(request.out):
+        with alone(request.out):  # after all that can be refused: a run that never started leaves nothing
+            open_run(request)
             return _loop(request, loader, plan, group, device)
     finally:
         group.close()

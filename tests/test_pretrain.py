@@ -18,7 +18,7 @@ from medclr.augment.views import Draws
 from medclr.config import read_yaml
 from medclr.data.store import Store
 from medclr.errors import MedclrError
-from medclr.files import sha256
+from medclr.files import alone, sha256
 from medclr.track import read_metrics
 
 SMALL = {"epochs": 3, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.sample": 32}
@@ -145,6 +145,15 @@ def test_overwriting_replaces_a_run_and_nothing_else(run, image_store, tmp_path)
     assert (out / "encoder" / "encoder.json").exists()
     (out / "thesis.txt").unlink()
     assert medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True).steps == 6
+
+
+def test_a_run_that_is_going_on_is_not_overwritten(run, image_store, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with alone(out), pytest.raises(MedclrError, match="another medclr is writing there"):
+        medclr.pretrain(image_store, out, settings=SMALL, overwrite=True)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_a_run_resumes_on_its_own_store_only(run, image_store, tmp_path):
