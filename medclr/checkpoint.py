@@ -33,18 +33,24 @@ def save(run_dir: Path, step: int, state: dict[str, Any], *, keep: int = 2, best
     """Write the training ``state`` after ``step`` steps, and remove all but the newest ``keep`` checkpoints.
 
     ``state`` holds tensors, numbers, strings, and lists and dicts of these; only such can be loaded. With ``best`` it
-    is the best one instead, which stays until a better one comes.
+    is the best one instead, which stays until a better one comes. What is there and whole is not written again, and
+    what is there of later steps was passed over as damaged: it is removed.
     """
     path = run_dir / "checkpoints" / ("best.pt" if best else f"step-{step:07d}.pt")
+    if not best and _damage(path) is None:
+        return path
     content = io.BytesIO()
     torch.save(state, content)
     if best:  # between its two files it is damaged, and nobody resumes from it
         _checksum_path(path).unlink(missing_ok=True)
     checksum = _write(path, content.getbuffer())
     files.write_text(_checksum_path(path), f"{checksum}  {path.name}\n")
-    for old in _checkpoints(run_dir)[:-keep]:
-        _checksum_path(old).unlink(missing_ok=True)
-        old.unlink()
+    if not best:
+        found = _checkpoints(run_dir)
+        kept = found[: found.index(path) + 1][-keep:]
+        for other in set(found) - set(kept):
+            _checksum_path(other).unlink(missing_ok=True)
+            other.unlink()
     return path
 
 
@@ -52,14 +58,14 @@ def latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None if it has none yet. A damaged newer one is logged and passed over.
 
     Raises:
-        MedclrError: there are checkpoints, but all are damaged.
+        MedclrError: there are checkpoints that were written to the end, but all are damaged.
     """
     found = _checkpoints(run_dir)
     for path in reversed(found):
         if (damage := _damage(path)) is None:
             return path
         log.warning("%s %s; looking for the checkpoint before it", path, damage)
-    if found:
+    if any(_checksum_path(path).is_file() for path in found):
         raise MedclrError(f"{found[0].parent}: every checkpoint is damaged; remove this folder to start the run again")
     return None
 
@@ -110,7 +116,7 @@ def _damage(path: Path) -> str | None:
         return "does not exist"
     if not _checksum_path(path).is_file():
         return "has no checksum beside it: its writing was interrupted"
-    if files.sha256(path) != _checksum_path(path).read_text(encoding="utf-8").split(" ")[0]:
+    if files.sha256(path) != _checksum_path(path).read_text("utf-8", "replace").split(" ")[0]:
         return "does not match its checksum: it is truncated or was altered"
     return None
 

@@ -61,7 +61,11 @@ def lose_the_checksum(path: Path) -> None:
     path.with_name(path.name + ".sha256").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_checksum])
+def garble_the_checksum(path: Path) -> None:
+    path.with_name(path.name + ".sha256").write_bytes(b"\xff\x00" * 40)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_checksum, garble_the_checksum])
 def test_damaged_one_is_passed_over_and_said(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, 1, 2)
     newest = tmp_path / "checkpoints" / "step-0000002.pt"
@@ -80,6 +84,31 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
         truncate(path)
     with pytest.raises(MedclrError, match="checkpoints: every checkpoint is damaged; remove this folder"):
         checkpoint.latest(tmp_path)
+
+
+def test_killed_while_the_first_is_written_is_a_fresh_start(tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    lose_the_checksum(tmp_path / "checkpoints" / "step-0000001.pt")
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_damaged_later_ones_never_push_out_a_whole_one(tmp_path: Path) -> None:
+    run(tmp_path, 10)
+    for step in (20, 30):
+        truncate(checkpoint.save(tmp_path, step, state(step), keep=3))
+    path = checkpoint.save(tmp_path, 15, state(15), keep=2)
+    assert checkpoint.latest(tmp_path) == path
+    assert [p.name for p in sorted(path.parent.glob("*.pt"))] == ["step-0000010.pt", "step-0000015.pt"]
+
+
+def test_a_whole_one_is_not_written_again(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 10, state(10))
+    before = path.stat().st_ino
+    assert checkpoint.save(tmp_path, 10, state(10)) == path
+    assert path.stat().st_ino == before
+    truncate(path)
+    checkpoint.save(tmp_path, 10, state(10))
+    assert checkpoint.latest(tmp_path) == path
 
 
 def test_interrupted_writing_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
