@@ -47,7 +47,7 @@ from medclr.scans.privacy import Pseudonyms, default_key_file, load_key
 MOST = 5
 """So many reasons the summary counts; the others stand in the table."""
 
-COLLECT_AFTER = 200_000
+COLLECT_AFTER = 1_000_000
 """New objects, of which each file makes a handful, until garbage in cycles is looked for."""
 
 

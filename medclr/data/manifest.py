@@ -158,10 +158,8 @@ class Manifest:
         """Each row of ``file_rows``, and that file; MedclrError if the key's table does not know where it lies."""
         ids = {row.path for row in self.file_rows if not row.root}
         places = find_places(self.key_file or default_key_file(), ids)
-        return [
-            (row, File(*(places[row.path] if not row.root else (row.root, row.path)), row.size, row.mtime_ns))
-            for row in self.file_rows
-        ]
+        found = ((row, places[row.path] if not row.root else (row.root, row.path)) for row in self.file_rows)
+        return [(row, File(root, path, row.size, row.mtime_ns)) for row, (root, path) in found]
 
     @cached_property
     def files(self) -> dict[str, SourceFiles]:
@@ -458,5 +456,6 @@ def _table(row_type: type[Row], rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = _columns(row_type)
     writer.writerow(names)
-    writer.writerows(map(attrgetter(*names), rows))
+    cells: Iterable[Any] = rows if issubclass(row_type, tuple) else map(attrgetter(*names), rows)
+    writer.writerows(cells)
     return text.getvalue()

@@ -102,7 +102,8 @@ def find_places(key_file: Path, ids: Iterable[str]) -> dict[str, Place]:
         pass
     except OSError as error:
         raise MedclrError(f"{path}: cannot be read ({error.strerror}); it says where the scans lie") from error
-    places |= {name: Place(*map(_plain, place)) for name, place in places.items() if "\\" in "".join(place)}
+    escaped = [name for name, (root, path) in places.items() if "\\" in path or "\\" in root]
+    places |= {name: Place(*map(_plain, places[name])) for name in escaped}
     if strange := wanted - places.keys():
         raise MedclrError(
             f"{path}: does not know {min(strange)}; was the manifest made with another key (--key-file), or on another"
@@ -133,7 +134,7 @@ def append(path: Path, columns: Sequence[str], lines: Mapping[str, Sequence[str]
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "r+", encoding="utf-8", errors="surrogateescape", newline="") as table:  # noqa: PTH123
             lock(descriptor, wait=True)
-            known = {cells[0] for cells in _lines(table)}
+            known = {line.partition(",")[0] for line in table if line.endswith("\n")}
             new = [(name, *map(_escaped, cells)) for name, cells in lines.items() if name not in known]
             if not new:
                 return

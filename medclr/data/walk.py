@@ -90,7 +90,8 @@ def _walk(root: str, skip: set[tuple[int, int]], refused: list[Refused]) -> Iter
                 continue
             path = f"{folder}/{child.name}" if folder else child.name
             try:
-                path.encode()
+                if not path.isascii():
+                    path.encode()
                 status = child.stat()
             except UnicodeEncodeError:
                 refused.append(Refused(root, path, "has a name that is not UTF-8; rename it"))
@@ -111,6 +112,8 @@ def _walk(root: str, skip: set[tuple[int, int]], refused: list[Refused]) -> Iter
 def _label_maps(found: Sequence[File]) -> dict[str, str]:
     """Path -> reason of those that are label maps by a ``dataset.json``, or by their folder and a scan beside it."""
     reasons: dict[str, str] = {}
+    if not any("labels" in file.path or file.path.endswith("dataset.json") for file in found):
+        return reasons
     paths = {file.path for file in found}
     stems: set[str] | None = None
     for file in found:
