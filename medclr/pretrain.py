@@ -251,8 +251,9 @@ def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: to
             ended.append(time.perf_counter())
             speed = (len(ended) - 1) * settings.batch / (ended[-1] - ended[0])
             row = {"loss": result.loss, "grad_norm": result.grad_norm, **result.logs}
-            if result.is_lost:  # JSON knows no NaN
-                row = {"skipped": state.skipped}
+            row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON knows no NaN
+            if result.is_lost:
+                row["skipped"] = state.skipped
             row |= {"epoch": state.step / per_epoch, "lr": parameters["lr"], "images_per_s": speed}
             is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == total
             if is_watched and group.is_first:
@@ -320,9 +321,10 @@ def _not_finite(
         for i in is_bad.nonzero()[:, 0].tolist():
             blamed.append(f"slice {int(batch.slice_index[i])} of scan {store.scans[int(batch.scan[i])].scan_id}")
     newest = checkpoint.latest(out) if group.is_first else None
+    saved = group.from_first(newest.name.encode() if newest else b"").decode()  # all processes say the same
     what = f"step {step} is not finite: the loss is {result.loss:g}, the norm of its gradient {result.grad_norm:g}"
     who = f"to blame are the views of {', '.join(blamed[:5])}" if blamed else "no slice alone is to blame"
-    where = f"the last good checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
+    where = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
     advice = "lower optim.lr or lengthen optim.warmup and choose another --out, or allow some with skip_nonfinite"
     return f"{out}: {what}; {who}; {where}; {advice}"
 

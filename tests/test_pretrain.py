@@ -207,6 +207,16 @@ def test_some_steps_that_are_not_finite_may_be_left_out(image_store, tmp_path, o
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
+def test_an_overflow_of_float16_leaves_no_nan_in_the_metrics(image_store, tmp_path):
+    medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 1, "precision": "float16"})
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    rows = read_metrics(tmp_path / "run")
+    assert "grad_norm" not in rows[0], "the first scale of the loss is too large"
+    assert all("loss" in row and "skipped" not in row for row in rows)
+
+
 @pytest.mark.parametrize("settings", [{"optim.name": "adamw", "optim.lr": 1e-3, "optim.lr_scaling": "none"},
                                       {"optim.name": "sgd"}, {"simclr.head_layers": 3}, {"encoder.stem": "medium"},
                                       {"precision": "bfloat16"}, {"precision": "float16"}, {"precision": "float64"},
