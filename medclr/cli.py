@@ -5,6 +5,7 @@ Nothing heavy is imported before the verb is known: ``medclr --help`` answers at
 
 import errno
 import importlib
+import os
 import signal
 import sys
 import types
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"medclr {medclr.__version__}")
         return 0
+    speaks = os.environ.get("RANK", "0") == "0"  # what all processes of a run would say, its first one says
     signal.signal(signal.SIGTERM, _terminate)  # a batch system's stop is a Ctrl-C: save and leave
     try:
         result = _run(words[0], words[1:])
@@ -87,9 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         resumes = words[0] in VERBS and VERBS[words[0]].resumes
         again = "; the same command again goes on" if resumes else ""
-        print(f"medclr: {str(interruption) or f'interrupted{again}'}", file=sys.stderr)
+        if speaks:
+            print(f"medclr: {str(interruption) or f'interrupted{again}'}", file=sys.stderr)
         return 0 if resumes and isinstance(interruption, Terminated) else 130
-    if result is not None:
+    if result is not None and speaks:
         print(result)
     return 0
 

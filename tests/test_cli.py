@@ -1,6 +1,7 @@
 """The command line as a user meets it: fast help, one clear sentence, status 2, nothing half-written."""
 
 import errno
+import importlib
 import re
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_a_list_is_given_as_words(image_store, capsys):
     assert re.search(r"│ 4 ", shown)
     assert "(50%)" in shown
     assert "100%" not in shown
+
+
+@pytest.mark.parametrize(("rank", "times"), [(None, 1), ("0", 1), ("1", 0)])
+def test_of_several_processes_the_first_one_reports(rank, times, monkeypatch, capsys):
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    module = importlib.import_module("medclr.pretrain")  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "command", lambda words: "run: 12 steps")
+    assert main(["pretrain"]) == 0
+    assert capsys.readouterr().out.count("12 steps") == times
 
 
 def test_a_full_disk_is_one_sentence_wherever_it_shows(monkeypatch, capsys):
