@@ -7,8 +7,9 @@ and of the embeddings, whatever the batch.
 
 Batch norm takes its statistics over each pass through the network: over both views of the whole batch if there are no
 chunks, else over one view of a chunk, the same in both passes; its running statistics move once a chunk. The chunks of
-view a and those of view b are cut differently, so that no two images share both: else the statistics of a chunk would
-tell the network which view belongs to which (He et al., arXiv 1911.05722, section 3.3).
+view a and those of view b are cut differently, so that images of one share the other as rarely as can be (never
+with K >= C): else the statistics of a chunk would tell the network which view belongs to which (He et al., arXiv
+1911.05722, section 3.3).
 
 Letters: B slices of the batch, W processes, b = B/W of this process, C slices of a chunk over all processes,
 K = B/C chunks, m = C/W, E components of an embedding, s side of a view.
