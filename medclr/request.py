@@ -106,7 +106,7 @@ def open_run(request: Request) -> None:
             raise MedclrError(
                 f"{out}: holds {strange[0]}, which no run wrote, and is not overwritten; choose another --out"
             )
-        for name in RUN_FILES - {LOCK_NAME}:
+        for name in RUN_FILES - {LOCK_NAME, existing.name}:  # killed meanwhile, it still is a run
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     else:

@@ -147,6 +147,19 @@ def test_overwriting_replaces_a_run_and_nothing_else(run, image_store, tmp_path)
     assert medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True).steps == 6
 
 
+def test_overwriting_that_was_interrupted_can_be_asked_for_again(run, image_store, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+
+    def interrupted(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("medclr.request.write_text", interrupted)
+        medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True)
+    assert medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True).steps == 6
+
+
 def test_a_run_that_is_going_on_is_not_overwritten(run, image_store, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
