@@ -38,6 +38,7 @@ TEXTS = (
 )  # fmt: skip
 
 BOMB_MB = 4096
+LARGEST_MUTANT = 2**26  # bytes: what takes long to write says nothing of who reads it
 
 # Numbers and words on which a DICOM reader depends.
 _TOLD = (
@@ -78,8 +79,10 @@ def mutant(originals: Sequence[Original], seed: int, number: int) -> Mutant:
     with warnings.catch_warnings():  # pydicom's, as it meets what an earlier step has done
         warnings.simplefilter("ignore")
         for _ in range(int(rng.integers(1, 4))):
-            data, step = _mutated(rng, data)
-            steps.append(step)
+            changed, step = _mutated(rng, data)
+            if len(changed) <= LARGEST_MUTANT:
+                data = changed
+                steps.append(step)
     files = tuple((name, data) if i == which else file for i, file in enumerate(original.files))
     return Mutant(number, form, f"{original.name}: {'; '.join(steps)}", files)
 
