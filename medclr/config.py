@@ -18,10 +18,10 @@ from medclr.errors import MedclrError
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The network that is pretrained: a MONAI ResNet on one grey channel."""
+    """The network that is pretrained, on grey slices."""
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
-    """Depth. ResNet-18 and 34 have 512 features, the others 2048, times width."""
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet-lite0"] = "resnet18"
+    """ResNet-18 and 34 have 512 features, the others 2048, times width; efficientnet-lite0 (extra: imagenet) 1280."""
 
     width: Literal[1, 2] = 1
     """Multiplies the channels of every layer (the "2x" of SimCLR)."""
@@ -31,8 +31,14 @@ class EncoderConfig:
     small: 3x3 stride 1 (the CIFAR ResNet); auto: small for inputs of at most 32 px, imagenet above."""
 
     normalise: Literal["none", "imagenet"] = "none"
-    """What the first convolution does to the image in [0,1]: none, or imagenet: subtract ImageNet's mean and divide by
-    its deviation per colour, folded into the weights (models/weights.py). Goes with ImageNet weights."""
+    """What the first convolution of a ResNet does to the image in [0,1]: none, or imagenet: subtract ImageNet's mean
+    and divide by its deviation per colour, folded into the weights (models/weights.py). Goes with ImageNet weights."""
+
+    slices: int = 1
+    """Neighbouring slices that the first convolution sees as channels, an odd number; 1: each slice alone."""
+
+    def __post_init__(self) -> None:
+        _require({"encoder.slices": (self.slices >= 1 and self.slices % 2 == 1, "an odd number, at least 1")})
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,10 @@ class PretrainConfig:
 
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
+
+    init: str = "random"
+    """Weights to start from. random; imagenet (goes with encoder.name efficientnet-lite0); a run folder of
+    pretraining; or a file of torchvision's ResNet weights (goes with encoder.normalise imagenet)."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The network."""

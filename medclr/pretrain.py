@@ -30,6 +30,7 @@ from medclr.look import Indices, draw_views, look
 from medclr.memory import keep_freed_memory
 from medclr.methods import PretrainingMethod
 from medclr.models.encoder import Encoder, build_encoder
+from medclr.models.weights import load_weights
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
 from medclr.progress import duration, progress
@@ -195,6 +196,8 @@ def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: to
     per_epoch, total = loader.steps_per_epoch, settings.epochs * loader.steps_per_epoch
     torch.manual_seed(settings.seed)  # initial weights; nothing later draws from the global generator
     encoder = build_encoder(settings.encoder, settings.views.size_px)
+    if (matched := load_weights(encoder, settings.init)) and group.is_first:
+        print(matched, file=sys.stderr)
     method = methods.get(settings.method).Method(request.own, encoder)
     method.to(device, DTYPES.get(settings.precision, torch.float32), memory_format=torch.channels_last)
     method = group.sync_batch_norm(method)
@@ -341,7 +344,7 @@ def _finish(request: Request, encoder: Encoder, store: Store, indices: Indices) 
             "manifest_sha256": store.info.manifest_sha256,
             "store_px": store.info.size_px,
             "modalities": sorted({store.info.modalities[m] for m in np.unique(store.column("modality")[indices])}),
-            "patients": [store.patients[int(p)] for p in seen],
+            "patients": sorted({store.patients[int(p)] for p in seen} | encoder.seen_patients),
         },
     )
     figures.curves(out / "figures" / "curves.png", read_metrics(out), CURVES)

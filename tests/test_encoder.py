@@ -11,7 +11,8 @@ from torch import nn
 from medclr.checkpoint import export_encoder
 from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
-from medclr.models.encoder import BLOCKS, Encoder, build_encoder, load_encoder
+from medclr.models.encoder import Encoder, build_encoder, load_encoder
+from medclr.models.resnet import BLOCKS
 
 TORCHVISION_PARAMETERS = {
     "resnet18": 11_689_512,

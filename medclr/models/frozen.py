@@ -9,8 +9,8 @@ from torch import Tensor
 
 from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
-from medclr.models.encoder import Encoder, build_encoder, load_encoder
-from medclr.models.weights import EfficientNetLite0, ResNetName, imagenet
+from medclr.models.encoder import build_encoder, load_encoder
+from medclr.models.weights import ResNetName, imagenet
 
 
 class Frozen(Protocol):
@@ -53,7 +53,6 @@ def open_encoder(
         raise MedclrError("--weights and --fetch exclude each other; give the file, or have it fetched")
     if like is not None and name != "random":
         raise MedclrError("--like goes with --encoder random only")
-    encoder: Encoder | EfficientNetLite0
     if name == "random":
         model = load_encoder(like) if like else None
         with torch.random.fork_rng(devices=[]):

