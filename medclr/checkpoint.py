@@ -43,7 +43,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any], *, keep: int = 2, best
     torch.save(state, content)
     if best:  # between its two files it is damaged, and nobody resumes from it
         _checksum_path(path).unlink(missing_ok=True)
-    checksum = _write(path, content.getbuffer())
+    checksum = write_bytes(path, content.getbuffer())
     files.write_text(_checksum_path(path), f"{checksum}  {path.name}\n")
     if not best:
         found = _checkpoints(run_dir)
@@ -94,7 +94,7 @@ def from_bytes(content: bytes, path: Path) -> dict[str, Any]:
     return state
 
 
-def _write(path: Path, content: bytes | memoryview) -> str:
+def write_bytes(path: Path, content: bytes | memoryview) -> str:
     """Write bytes atomically; their SHA-256. From memory, because torch and safetensors hide that a disk is full."""
     with files.writing(path) as temporary:
         temporary.write_bytes(content)
@@ -135,7 +135,7 @@ def export_encoder(folder: Path, encoder: Describable, meta: dict[str, Any]) -> 
     """Write the encoder's tensors and encoder.json: its ``description``, and ``meta``, plain facts of its origin."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     path = folder / "encoder.safetensors"
-    checksum = _write(path, safetensors.torch.save(tensors))
+    checksum = write_bytes(path, safetensors.torch.save(tensors))
     facts = {
         "format_version": FORMAT_VERSION,
         **encoder.description(),

@@ -149,6 +149,96 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of ``medclr finetune``: how a model is trained on labelled cases."""
+
+    seed: int = 0
+    """Which cases are drawn, and every sample order, view and initial weight."""
+
+    validation: float | None = None
+    """Share of the cases that is held out to choose the step at which to stop; null: a fifth of 20 cases and more, none
+    of fewer, which then follow the whole schedule."""
+
+    steps: int = 300
+    """Steps of training; with validation cases the most there can be."""
+
+    every: int = 25
+    """Steps from one look at the validation cases to the next."""
+
+    patience: int = 4
+    """Looks without a better score before training stops; the best weights are kept."""
+
+    batch: int = 32
+    """Items a step: slices, or whole scans."""
+
+    size_px: int | None = None
+    """Side of the images; null: what the encoder was made for, but at most that of the stored slices."""
+
+    lr: float = 1e-3
+    """Peak learning rate (AdamW) of what is new: head or decoder."""
+
+    encoder_lr: float = 0.3
+    """The encoder's last stage learns at so many times that rate."""
+
+    layer_decay: float = 0.8
+    """Each stage before it at so many times the rate of the stage behind."""
+
+    free_stages: int = 5
+    """How many stages of the encoder are trained, from the last on: 0: it stays frozen; 5: all of it."""
+
+    frozen_steps: float = 0.1
+    """Share of the steps, at the start, in which the encoder is frozen whatever free_stages says; not if it is new."""
+
+    batch_norm: Literal["train", "frozen"] = "train"
+    """Whether the encoder's batch norm follows the labelled cases, or keeps its statistics; those of an encoder that
+    starts at random always follow."""
+
+    weight_decay: float = 1e-2
+    """Weight decay; biases and normalisation are excluded."""
+
+    warmup: float = 0.1
+    """Share of the steps with a linear warm-up from 0; cosine to 0 follows."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network; bfloat16 is autocast."""
+
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+
+    checkpoint_minutes: float = 5.0
+    """A checkpoint at least this often, and when interrupted; the same command goes on."""
+
+    network: EncoderConfig = field(default_factory=EncoderConfig)
+    """The encoder's network, where a run does not say it: for random, imagenet and files."""
+
+    views: ViewsConfig = field(
+        default_factory=lambda: ViewsConfig(crop_area=(0.5, 1.0), strength=0.5, noise=0.2, blur=0.2, cutout=0.0)
+    )
+    """The augmentation: milder than in pretraining, because the label must stay true. size_px is set above."""
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "seed": (self.seed >= 0, "at least 0"),
+                "validation": (self.validation is None or 0 <= self.validation < 1, "a share, 0 to below 1, or null"),
+                "steps": (self.steps >= 1, "at least 1"),
+                "every": (self.every >= 1, "at least 1"),
+                "patience": (self.patience >= 1, "at least 1"),
+                "batch": (self.batch >= 1, "at least 1"),
+                "size_px": (self.size_px is None or self.size_px >= 8, "at least 8, or null"),
+                "lr": (self.lr > 0, "above 0"),
+                "encoder_lr": (self.encoder_lr >= 0, "at least 0"),
+                "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
+                "free_stages": (0 <= self.free_stages <= 5, "0 to 5"),
+                "frozen_steps": (0 <= self.frozen_steps <= 1, "a share, 0 to 1"),
+                "weight_decay": (self.weight_decay >= 0, "at least 0"),
+                "warmup": (0 <= self.warmup < 1, "a share, at least 0 and below 1"),
+                "checkpoint_minutes": (self.checkpoint_minutes >= 0, "at least 0"),
+            }
+        )
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Settings of ``medclr pretrain``."""
 

@@ -89,7 +89,7 @@ class Batch(Facts):
     """Slices and what is known of them."""
 
     images: Tensor
-    """float32 [B,1,S,S], physical units."""
+    """float32 [B,1,S,S], physical units; [B,C,S,S] where neighbouring slices are channels."""
 
 
 def load_facts(store: Store, indices: ArrayLike) -> Facts:
@@ -97,10 +97,25 @@ def load_facts(store: Store, indices: ArrayLike) -> Facts:
     return Facts(**_columns(store, np.asarray(indices, dtype=np.int64)))
 
 
-def load_batch(store: Store, indices: ArrayLike) -> Batch:
-    """Read slices of a store, in the order asked for."""
+def load_batch(store: Store, indices: ArrayLike, slices: int = 1) -> Batch:
+    """Read slices of a store, in the order asked for.
+
+    Args:
+        store: where to read.
+        indices: [B].
+        slices: C, an odd number: each slice with its neighbours as channels, in order; beyond the first and the last
+            slice of a scan that slice again.
+    """
     indices = np.asarray(indices, dtype=np.int64)  # [B]
-    images = torch.from_numpy(store.physical(indices))[:, None]  # [B,1,S,S]
+    if slices == 1:
+        return Batch(**_columns(store, indices), images=torch.from_numpy(store.physical(indices))[:, None])
+    scan = store.column("scan")  # [N], ascending
+    first = np.searchsorted(scan, scan[indices])  # [B]
+    last = np.searchsorted(scan, scan[indices], side="right") - 1  # [B]
+    around = np.arange(slices) - slices // 2  # [C]
+    wanted = np.clip(indices[:, None] + around, first[:, None], last[:, None])  # [B,C]
+    size = store.info.size_px
+    images = torch.from_numpy(store.physical(wanted.ravel())).view(len(indices), slices, size, size)  # [B,C,S,S]
     return Batch(**_columns(store, indices), images=images)
 
 

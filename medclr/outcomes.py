@@ -1,0 +1,183 @@
+"""What a model said of labelled scans, and its scores: one row a scan, weighted by patient.
+
+An outcome is written as ``predictions.csv`` and read back, so that figures are made again without the model. Weights of
+rows are what a bootstrap over patients needs: how often each row's patient was drawn.
+
+Letters: r rows, one a scan; K classes; P patients.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medclr.errors import MedclrError
+from medclr.files import write_text
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Judged predictions: the base of all kinds."""
+
+    scan_id: Sequence[str]
+    """[r]."""
+    patient_id: Sequence[str]
+    """[r]."""
+    classes: tuple[str, ...]
+    """Names of the K classes (of segmentation: without the background)."""
+
+    kind: ClassVar[str]
+
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the scores; the first is the one that decides."""
+        raise NotImplementedError
+
+    def score(self, metric: str, weight: Floats | None = None) -> float:
+        """One score of rows with weights [r] (None: 1 each); NaN where it has none, say a class that has no weight."""
+        raise NotImplementedError
+
+    def columns(self) -> dict[str, Sequence[str | float | int]]:
+        """The columns of predictions.csv beside scan_id and patient_id."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Classified(Outcome):
+    """Classes of scans."""
+
+    truth: Ints
+    """[r,K], 1 where the scan is of the class."""
+    probability: Floats
+    """[r,K]; rows add up to 1 unless several classes can be true."""
+    multi_label: bool = False
+
+    kind: ClassVar[str] = "classified"
+
+    def metrics(self) -> tuple[str, ...]:
+        """Macro AUC, balanced accuracy (one label a scan), and the AUC of each of more than two classes."""
+        each = tuple(f"AUC {name}" for name in self.classes) if len(self.classes) > 2 or self.multi_label else ()
+        return ("macro AUC", *(() if self.multi_label else ("balanced accuracy",)), *each)
+
+    def score(self, metric: str, weight: Floats | None = None) -> float:
+        """See ``Outcome``."""
+        w = np.ones(len(self.truth)) if weight is None else weight
+        if metric == "macro AUC":
+            return float(np.mean([self._auc(c, w) for c in range(len(self.classes))]))
+        if metric == "balanced accuracy":
+            total = w @ self.truth  # [K]
+            right = self.truth[np.arange(len(w)), self.probability.argmax(1)]  # [r]
+            return float(np.mean((w * right) @ self.truth / total)) if (total > 0).all() else math.nan
+        return self._auc(self.classes.index(metric.removeprefix("AUC ")), w)
+
+    def _auc(self, c: int, weight: Floats) -> float:
+        return weighted_auc(self.probability[:, c], self.truth[:, c] == 1, weight)
+
+    def columns(self) -> dict[str, Sequence[str | float | int]]:
+        """The true classes, parted by '|', and a probability for each."""
+        named = ["|".join(np.array(self.classes)[row == 1]) for row in self.truth]
+        return {
+            "label": named,
+            **{f"p {name}": p.tolist() for name, p in zip(self.classes, self.probability.T, strict=True)},
+        }
+
+
+@dataclass(frozen=True)
+class Segmented(Outcome):
+    """Segmentations of scans, each against its mask, in the source's geometry."""
+
+    dice: Floats
+    """[r,K]; NaN where neither mask nor prediction has the class."""
+    hd95_mm: Floats
+    """[r,K], 95 % Hausdorff distance; NaN as above, the diagonal of the scan where one of the two alone has the class."""
+
+    kind: ClassVar[str] = "segmented"
+
+    def metrics(self) -> tuple[str, ...]:
+        """Means over the classes, and each class."""
+        each = self.classes if len(self.classes) > 1 else ()
+        return ("mean Dice", "mean HD95 mm", *(f"Dice {name}" for name in each), *(f"HD95 mm {name}" for name in each))
+
+    def score(self, metric: str, weight: Floats | None = None) -> float:
+        """The mean over patients of the mean over a patient's scans; see ``Outcome``."""
+        name = metric.split(" mm " if " mm " in metric else " ", 1)[-1]
+        values = self.hd95_mm if "HD95" in metric else self.dice  # [r,K]
+        known = ~np.isnan(values)
+        if metric.startswith("mean "):
+            row = np.divide(np.nansum(values, 1), known.sum(1), out=np.full(len(values), np.nan), where=known.any(1))
+        else:
+            row = values[:, self.classes.index(name)]  # [r]
+        who = np.unique(np.asarray(self.patient_id), return_inverse=True)[1]  # [r]
+        has = ~np.isnan(row)
+        scans = np.bincount(who[has], minlength=int(who.max(initial=0)) + 1)  # [P], of each patient with a value
+        w = (np.ones(len(row)) if weight is None else weight)[has] / scans[who[has]]
+        return float(w @ row[has] / w.sum()) if w.sum() > 0 else math.nan
+
+    def columns(self) -> dict[str, Sequence[str | float | int]]:
+        """Dice and distance of each class."""
+        dice = {f"Dice {name}": values.tolist() for name, values in zip(self.classes, self.dice.T, strict=True)}
+        return dice | {
+            f"HD95 mm {name}": values.tolist() for name, values in zip(self.classes, self.hd95_mm.T, strict=True)
+        }
+
+
+def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weight: Floats) -> float:
+    """Area under the ROC curve of scores [r] with row weights [r]; ties count half. NaN without both kinds."""
+    rank = np.unique(scores, return_inverse=True)[1]  # [r]
+    up = np.bincount(rank, weight * positive)  # weight of positives at each distinct score
+    down = np.bincount(rank, weight * ~positive)
+    total = up.sum() * down.sum()
+    return float((up * (np.cumsum(down) - down / 2)).sum() / total) if total > 0 else math.nan
+
+
+def write_outcome(path: Path, outcome: Outcome) -> None:
+    """Write predictions.csv, atomically: scan_id, patient_id and the columns of the outcome."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    columns = outcome.columns()
+    writer.writerow(["scan_id", "patient_id", *columns])
+    for row in zip(outcome.scan_id, outcome.patient_id, *columns.values(), strict=True):
+        writer.writerow([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row])
+    write_text(path, text.getvalue())
+
+
+def read_outcome(path: Path) -> Outcome:
+    """The outcome that ``write_outcome`` wrote.
+
+    Raises:
+        MedclrError: the file cannot be read as one.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            names = list(reader.fieldnames or ())
+        who = [row["scan_id"] for row in rows], [row["patient_id"] for row in rows]
+
+        def values(prefix: str) -> tuple[tuple[str, ...], Floats]:
+            chosen = [name for name in names if name.startswith(prefix)]
+            table = np.array([[float(row[name]) for name in chosen] for row in rows], dtype=float)
+            return tuple(name.removeprefix(prefix) for name in chosen), table.reshape(len(rows), len(chosen))
+
+        if "label" in names:
+            classes, probability = values("p ")
+            true = [row["label"].split("|") for row in rows]
+            truth = np.array([[int(name in each) for name in classes] for each in true]).reshape(probability.shape)
+            several = any(len(each) != 1 or each == [""] for each in true) or not np.allclose(
+                probability.sum(1), 1, atol=1e-4
+            )
+            return Classified(*who, classes, truth, probability, several)
+        classes, dice = values("Dice ")
+        return Segmented(*who, classes, dice, values("HD95 mm ")[1])
+    except (OSError, KeyError, ValueError) as error:
+        raise MedclrError(
+            f"{path}: cannot be read as predictions of medclr ({error}); run the command again"
+        ) from error
