@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclr import figures
-from medclr.data.manifest import label_budgets, patient_labels, refuse_overlap, split_of
+from medclr.data.splits import label_budgets, patient_labels, refuse_overlap, split_of
 from medclr.data.store import Store
 from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError

@@ -21,10 +21,10 @@ from medclr.data.manifest import (
     Manifest,
     read_manifest,
     read_rejected,
-    split_of,
     table_paths,
 )
 from medclr.data.places import find_places
+from medclr.data.splits import split_of
 from medclr.errors import MedclrError
 from medclr.scans.policy import Policy
 from medclr.scans.privacy import Pseudonyms, load_key

@@ -24,19 +24,18 @@ from medclr.data.manifest import (
     Rejected,
     ScanRow,
     Settings,
-    parse_split,
     read_manifest,
     read_rejected,
     read_settings,
     rejected_path,
     settings_path,
-    split_of,
     table_paths,
     write_manifest,
 )
 from medclr.data.places import Namer, find_places, places_path
 from medclr.data.readings import Entry, entries_of
 from medclr.data.roots import Roots, bring_all, copies_path, files_of
+from medclr.data.splits import parse_split, split_of
 from medclr.data.walk import Refused
 from medclr.errors import MedclrError, ScanError
 from medclr.scans import bids
