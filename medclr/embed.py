@@ -16,8 +16,8 @@ from torch import Tensor
 from medclr import figures
 from medclr.augment.views import plain_view
 from medclr.config import nearest
-from medclr.data.encode import encode, encoding_of
-from medclr.data.loader import Batch, load_batch
+from medclr.data.loader import load_batch
+from medclr.data.single import SingleScan
 from medclr.data.store import Store
 from medclr.data.tables import StoredScan
 from medclr.errors import MedclrError
@@ -96,10 +96,10 @@ def embed(
     }
     _write_table(out, {**identity, **extra}, features)
     values = [str(getattr(opened.scans[s], colour)) for s in scan_of_row]
-    points, layout = _layout(features, seed)
+    points, made_by = layout(features, seed)
     kept = points[:, 0] == points[:, 0]  # rows outside the drawn sample are NaN
     shown = [value for value, keep in zip(values, kept, strict=True) if keep]
-    title = f"{len(shown)} {per}s by {layout}, coloured by {colour}"
+    title = f"{len(shown)} {per}s by {made_by}, coloured by {colour}"
     figures.embedding_map(picture, points[kept], shown, title)
     return EmbedSummary(out, picture, len(features), features.shape[1])
 
@@ -129,32 +129,15 @@ def read_views(
         modality: for files that do not record it.
 
     Returns:
-        [D,1,s,s] in [0,1].
+        [D,C,s,s] in [0,1], C neighbouring slices as channels if the encoder takes several.
 
     Raises:
         ScanError: the scan cannot be read.
     """
     path = Path(path)
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    scan = read(files, modality)
-    size = store_px or encoder.store_px
-    encoding = encoding_of(scan, size)
-    stored = np.concatenate([squares.copy() for squares in encode(scan.voxels, encoding, size)])  # [D,S,S]
-    images = torch.from_numpy(stored.astype(np.float32) * np.float32(encoding.scale) + np.float32(encoding.offset))
-    depth = len(images)
-
-    def constant(value: float, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((depth,), value, dtype=kind)  # [D]
-
-    box = torch.tensor([[encoding.top, encoding.left, encoding.height, encoding.width]])
-    none, order = constant(-1, torch.int64), torch.arange(depth)
-    batch = Batch(
-        index=order, images=images[:, None], low=constant(encoding.low), high=constant(encoding.high),
-        air=constant(encoding.air), content=box.float().expand(depth, 4), modality=constant(0, torch.int64),
-        scan=none, patient=none, slice_index=order,
-        position=constant(0.5), label=none, modalities=(scan.modality,),
-    )  # fmt: skip
-    return plain_view(batch, encoder.size_px)
+    single = SingleScan(read(files, modality), store_px or encoder.store_px, keep_blank=True)
+    return plain_view(load_batch(single, single.indices(), encoder.config.slices), encoder.size_px)
 
 
 def scan_means(features: NDArray[np.float32], scan: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -182,8 +165,8 @@ def _write_table(out: Path, identity: dict[str, list[Any]], features: NDArray[np
             pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), temporary)
 
 
-def _layout(features: NDArray[np.float32], seed: int, most: int = 5000) -> tuple[NDArray[np.float64], str]:
-    """Points [m,2] of the picture: t-SNE of 50 principal components; NaN outside a sample of ``most`` rows."""
+def layout(features: NDArray[np.float32], seed: int, most: int = 5000) -> tuple[NDArray[np.float64], str]:
+    """Points [m,2] to draw, and how they were made: t-SNE of 50 principal components; NaN beyond ``most`` rows."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

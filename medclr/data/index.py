@@ -214,7 +214,7 @@ def index(
         rows: dict[str, ScanRow] = {}
         file_rows: list[FileRow] = []
         for scan in scans:
-            row = _row(scan, split_now(scan.patient_id), key, namer)
+            row = row_of(scan, split_now(scan.patient_id), key, namer)
             if scan.entry.before:
                 _refuse_change(out, scan.entry.before, row)
             if row.scan_id in rows or row.scan_id in kept:
@@ -223,7 +223,7 @@ def index(
                 continue
             rows[row.scan_id] = row
             file_rows += _file_rows(row.scan_id, scan, namer)
-        rejected = [Rejected(_rejected_name(namer, refusal), refusal.reason) for refusal in dict.fromkeys(refused)]
+        rejected = [Rejected(rejected_name(namer, refusal), refusal.reason) for refusal in dict.fromkeys(refused)]
         if old:
             rows |= {r.scan_id: replace(r, split=split_now(r.patient_id)) for r in old.rows if r.scan_id in kept}
             file_rows += [row for row in old.file_rows if row.scan_id in kept]
@@ -350,7 +350,8 @@ def _pattern(text: str) -> re.Pattern[str]:
 # What is written
 
 
-def _row(scan: Scan, split: str, key: Pseudonyms, namer: Namer) -> ScanRow:
+def row_of(scan: Scan, split: str, key: Pseudonyms, namer: Namer) -> ScanRow:
+    """Its row of the manifest."""
     entry = scan.entry
     volume = [str(entry.volume)] if entry.volume else []
     return ScanRow(
@@ -395,7 +396,7 @@ def _file_rows(scan_id: str, scan: Scan, namer: Namer) -> Iterator[FileRow]:
         yield FileRow(scan_id, "mask", *place, status.st_size, status.st_mtime_ns, "", "")
 
 
-def _rejected_name(namer: Namer, refused: Refused) -> str:
+def rejected_name(namer: Namer, refused: Refused) -> str:
     """As in ``Rejected``. A path that is not UTF-8 is written so that it can be read."""
     name = namer(refused.root, refused.path)
     if not namer.keep_paths:

@@ -104,7 +104,7 @@ def write_shard(
             try:
                 scan, mask = decode(row, source)
                 encoding = encoding_of(scan, size_px)
-                kept = np.arange(len(scan.voxels)) if keep_blank else _seen(scan, mask, encoding)  # [n]
+                kept = np.arange(len(scan.voxels)) if keep_blank else seen_slices(scan, mask, encoding)  # [n]
             except ScanError as error:
                 rejected.append((row.path, source.renamed(str(error))))
                 continue
@@ -121,12 +121,12 @@ def write_shard(
                 raise
             except Exception as error:
                 raise RuntimeError(f"{row.path}: {source.renamed(str(error))}") from None
-            scans.append(_stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices))
+            scans.append(stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices))
             n_slices += len(kept)
     return Part(shard.number, scans, rejected, written)
 
 
-def _seen(scan: Scan, mask: NDArray[np.uint16] | None, encoding: Encoding) -> NDArray[np.int64]:
+def seen_slices(scan: Scan, mask: NDArray[np.uint16] | None, encoding: Encoding) -> NDArray[np.int64]:
     """The slices [n] that show something, or on which something is marked.
 
     Raises:
@@ -144,15 +144,16 @@ class Stopped(Exception):
     """A worker was told to leave."""
 
 
-def _stored_scan(
+def stored_scan(
     row: ScanRow,
     scan: Scan,
     encoding: Encoding,
     kept: NDArray[np.int64],
-    has_mask: bool,
-    shard: int,
-    first_row: int,
+    has_mask: bool = False,
+    shard: int = 0,
+    first_row: int = 0,
 ) -> StoredScan:
+    """The scan's row of ``scans.csv``; ``kept`` [n] are its stored slices."""
     depth, height, width = scan.voxels.shape
     return StoredScan(
         scan_id=row.scan_id,

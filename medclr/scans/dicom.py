@@ -21,7 +21,7 @@ from medclr.scans.policy import ACCEPTED, DEFAULT, Plane, Policy
 from medclr.scans.scan import Scan, naming
 from medclr.scans.values import fill_nan
 
-__all__ = ["Header", "find", "is_dicom", "read", "read_header"]
+__all__ = ["Header", "find", "is_dicom", "read", "read_header", "volume_of"]
 
 _VRS = (b"UL", b"UI", b"CS", b"OB", b"SH", b"DA", b"TM", b"LO", b"US", b"ST", b"PN", b"SQ", b"DT", b"AE", b"UN")
 
@@ -77,7 +77,7 @@ def read(
             with naming(file):
                 datasets[file], header = read_whole(file)
             headers.append(header)
-        chosen = _one(files, headers, volume, policy)
+        chosen = volume_of(files, headers, volume, policy)
         row = _modality(files[0], chosen.found.modality, modality)
 
         voxels = np.empty(chosen.found.shape, dtype=np.float32)  # [D,H,W]
@@ -107,8 +107,12 @@ def read(
         )
 
 
-def _one(files: Sequence[Path], headers: Sequence[Header], volume: int, policy: Policy) -> Volume:
-    """The volume that the files hold, or that was asked for."""
+def volume_of(files: Sequence[Path], headers: Sequence[Header], volume: int, policy: Policy) -> Volume:
+    """The volume that the files hold, or that was asked for.
+
+    Raises:
+        ScanError: they are not exactly one scan, or have no such volume.
+    """
     volumes, rejects = volumes_of(headers, policy)
     if policy == ACCEPTED and len(files) == 1 and (known := candidates(headers[0])):
         volumes, rejects = known, []  # one of these was accepted, under whatever policy

@@ -95,6 +95,16 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def nibabel_header(path: Path) -> Any:
+    """The header of a file that ``read_header`` accepts, mended alike, as nibabel holds it."""
+    with path.open("rb") as file:
+        start = _unzipped(file.read(_HEAD_BYTES), 540)
+    header_type = _HEADERS[_magic(start) or ""]
+    header = header_type(start[: header_type.sizeof_hdr], check=False)
+    header.check_fix(_SILENT)
+    return header
+
+
 def is_nifti(head: bytes) -> bool:
     """Whether a file that starts like this is NIfTI, or its forerunner Analyze 7.5, gzipped or not."""
     start = _unzipped(head, 352)
