@@ -3,12 +3,11 @@
 An outcome is written as ``predictions.csv`` and read back, so that figures are made again without the model. Weights of
 rows are what a bootstrap over patients needs: how often each row's patient was drawn.
 
-Letters: r rows, one a scan; K classes; P patients.
+Letters: r rows, one a scan; K classes; P patients; w weightings of the rows.
 """
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,10 @@ class Outcome:
 
     def score(self, metric: str, weight: Floats | None = None) -> float:
         """One score of rows with weights [r] (None: 1 each); NaN where it has none, say a class that has no weight."""
+        return float(self.scores(metric, np.ones((1, len(self.scan_id))) if weight is None else weight[None])[0])
+
+    def scores(self, metric: str, weights: Floats) -> Floats:
+        """``score`` [w] for each of many weightings [w,r] at once, as a bootstrap needs it."""
         raise NotImplementedError
 
     def columns(self) -> dict[str, Sequence[str | float | int]]:
@@ -67,19 +70,19 @@ class Classified(Outcome):
         each = tuple(f"AUC {name}" for name in self.classes) if len(self.classes) > 2 or self.multi_label else ()
         return ("macro AUC", *(() if self.multi_label else ("balanced accuracy",)), *each)
 
-    def score(self, metric: str, weight: Floats | None = None) -> float:
+    def scores(self, metric: str, weights: Floats) -> Floats:
         """See ``Outcome``."""
-        w = np.ones(len(self.truth)) if weight is None else weight
-        if metric == "macro AUC":
-            return float(np.mean([self._auc(c, w) for c in range(len(self.classes))]))
         if metric == "balanced accuracy":
-            total = w @ self.truth  # [K]
-            right = self.truth[np.arange(len(w)), self.probability.argmax(1)]  # [r]
-            return float(np.mean((w * right) @ self.truth / total)) if (total > 0).all() else math.nan
-        return self._auc(self.classes.index(metric.removeprefix("AUC ")), w)
-
-    def _auc(self, c: int, weight: Floats) -> float:
-        return weighted_auc(self.probability[:, c], self.truth[:, c] == 1, weight)
+            right = self.truth[np.arange(len(self.truth)), self.probability.argmax(1)]  # [r]
+            total, hits = weights @ self.truth, (weights * right) @ self.truth  # [w,K]
+            share: Floats = np.divide(hits, total, out=np.full(total.shape, np.nan), where=total > 0).mean(1)
+            return share
+        chosen = (
+            range(len(self.classes)) if metric == "macro AUC" else [self.classes.index(metric.removeprefix("AUC "))]
+        )
+        aucs = [weighted_aucs(self.probability[:, c], self.truth[:, c] == 1, weights) for c in chosen]
+        mean: Floats = np.mean(aucs, axis=0)
+        return mean
 
     def columns(self) -> dict[str, Sequence[str | float | int]]:
         """The true classes, parted by '|', and a probability for each."""
@@ -97,7 +100,7 @@ class Segmented(Outcome):
     dice: Floats
     """[r,K]; NaN where neither mask nor prediction has the class."""
     hd95_mm: Floats
-    """[r,K], 95 % Hausdorff distance; NaN as above, the diagonal of the scan where one of the two alone has the class."""
+    """[r,K], 95 % Hausdorff distance; NaN as above, the scan's diagonal where one of the two alone has the class."""
 
     kind: ClassVar[str] = "segmented"
 
@@ -106,20 +109,27 @@ class Segmented(Outcome):
         each = self.classes if len(self.classes) > 1 else ()
         return ("mean Dice", "mean HD95 mm", *(f"Dice {name}" for name in each), *(f"HD95 mm {name}" for name in each))
 
-    def score(self, metric: str, weight: Floats | None = None) -> float:
+    def scores(self, metric: str, weights: Floats) -> Floats:
         """The mean over patients of the mean over a patient's scans; see ``Outcome``."""
-        name = metric.split(" mm " if " mm " in metric else " ", 1)[-1]
-        values = self.hd95_mm if "HD95" in metric else self.dice  # [r,K]
-        known = ~np.isnan(values)
-        if metric.startswith("mean "):
-            row = np.divide(np.nansum(values, 1), known.sum(1), out=np.full(len(values), np.nan), where=known.any(1))
-        else:
-            row = values[:, self.classes.index(name)]  # [r]
-        who = np.unique(np.asarray(self.patient_id), return_inverse=True)[1]  # [r]
+        row = self.rows(metric)  # [r]
         has = ~np.isnan(row)
+        who = np.unique(np.asarray(self.patient_id), return_inverse=True)[1]  # [r]
         scans = np.bincount(who[has], minlength=int(who.max(initial=0)) + 1)  # [P], of each patient with a value
-        w = (np.ones(len(row)) if weight is None else weight)[has] / scans[who[has]]
-        return float(w @ row[has] / w.sum()) if w.sum() > 0 else math.nan
+        w = weights[:, has] / scans[who[has]]
+        total = w.sum(1)  # [w]
+        mean: Floats = np.divide(w @ row[has], total, out=np.full(len(weights), np.nan), where=total > 0)
+        return mean
+
+    def rows(self, metric: str) -> Floats:
+        """What each scan contributes to a metric [r]; NaN where it has no value."""
+        kind = next(kind for kind in ("mean Dice", "mean HD95 mm", "Dice ", "HD95 mm ") if metric.startswith(kind))
+        values = self.hd95_mm if "HD95" in kind else self.dice  # [r,K]
+        if not kind.startswith("mean "):
+            one: Floats = values[:, self.classes.index(metric.removeprefix(kind))]
+            return one
+        known = (~np.isnan(values)).sum(1)  # [r]
+        mean: Floats = np.divide(np.nansum(values, 1), known, out=np.full(len(values), np.nan), where=known > 0)
+        return mean
 
     def columns(self) -> dict[str, Sequence[str | float | int]]:
         """Dice and distance of each class."""
@@ -131,11 +141,20 @@ class Segmented(Outcome):
 
 def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weight: Floats) -> float:
     """Area under the ROC curve of scores [r] with row weights [r]; ties count half. NaN without both kinds."""
-    rank = np.unique(scores, return_inverse=True)[1]  # [r]
-    up = np.bincount(rank, weight * positive)  # weight of positives at each distinct score
-    down = np.bincount(rank, weight * ~positive)
-    total = up.sum() * down.sum()
-    return float((up * (np.cumsum(down) - down / 2)).sum() / total) if total > 0 else math.nan
+    return float(weighted_aucs(scores, positive, weight[None])[0])
+
+
+def weighted_aucs(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """``weighted_auc`` [w] for each of many weightings [w,r]."""
+    order = np.argsort(scores, kind="stable")
+    value, weight = scores[order], weights[:, order]
+    first = np.flatnonzero(np.append(True, value[1:] != value[:-1])[: len(value)])  # where each distinct score begins
+    up = np.add.reduceat(weight * positive[order], first, axis=1)  # [w,distinct], weight of the positives at each
+    down = np.add.reduceat(weight * ~positive[order], first, axis=1)
+    total = up.sum(1) * down.sum(1)  # [w]
+    below = np.cumsum(down, axis=1) - down / 2
+    area: Floats = np.divide((up * below).sum(1), total, out=np.full(len(weights), np.nan), where=total > 0)
+    return area
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:
@@ -160,6 +179,8 @@ def read_outcome(path: Path) -> Outcome:
             reader = csv.DictReader(file)
             rows = list(reader)
             names = list(reader.fieldnames or ())
+        if "scan_id" not in names:
+            raise ValueError("it has no column scan_id")
         who = [row["scan_id"] for row in rows], [row["patient_id"] for row in rows]
 
         def values(prefix: str) -> tuple[tuple[str, ...], Floats]:
@@ -169,7 +190,9 @@ def read_outcome(path: Path) -> Outcome:
 
         if "label" in names:
             classes, probability = values("p ")
-            true = [row["label"].split("|") for row in rows]
+            true = [[label] if (label := row["label"]) in classes else label.split("|") for row in rows]
+            if unknown := {name for each in true for name in each if name} - set(classes):
+                raise ValueError(f"label {min(unknown)!r} has no column of probabilities")
             truth = np.array([[int(name in each) for name in classes] for each in true]).reshape(probability.shape)
             several = any(len(each) != 1 or each == [""] for each in true) or not np.allclose(
                 probability.sum(1), 1, atol=1e-4

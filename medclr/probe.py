@@ -3,7 +3,7 @@
 The protocol: patients are split once, by hash or by the manifest; budgets are nested, stratified sets of training
 patients drawn by seed; every choice (the penalty) is made inside them; test patients are touched by predictions alone.
 
-Shape letters: n labelled scans, F features, C classes, P test patients.
+Shape letters: n labelled scans, t of test patients, F features, C classes.
 """
 
 import csv
@@ -26,11 +26,11 @@ from medclr.errors import MedclrError
 from medclr.files import write_text, writing_folder
 from medclr.models.frozen import open_encoder
 from medclr.models.weights import ResNetName
+from medclr.outcomes import Classified, Floats, Ints, Outcome
 from medclr.progress import progress
 from medclr.scans.modality import modality_of
+from medclr.statistics import interval
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Features = NDArray[np.floating[Any]]
 
 
@@ -163,27 +163,29 @@ def _score(
     """Fit each classifier at each budget and seed; ``means`` holds features [n,F], one for all seeds or one a seed."""
     in_train = np.isin(data.patient, sorted(data.train))  # [n]
     test = np.flatnonzero(~in_train)  # [t]
-    test_patients = np.unique(data.patient[test], return_inverse=True)[1]  # [t]
+    scan_ids, who_test = data.scan_id[test].tolist(), data.patient[test].tolist()  # [t] each
+    truth = np.eye(len(data.classes), dtype=np.int64)[data.y[test]]  # [t,C]
     who_train = {p: label for p, label in data.patient_label.items() if p in data.train}
     subsets = [label_budgets(who_train, list(budgets.values()), seed) for seed in range(seeds)]
     inputs: dict[str, Sequence[Features]] = {"knn": means, "logistic": [standardise(x, in_train) for x in means]}
     scores: list[Score] = []
     with progress("probe", len(budgets) * seeds, "fits") as advance:
         for text, budget in budgets.items():
-            predicted: dict[str, list[Floats]] = {kind: [] for kind in CLASSIFIERS}
+            predicted: dict[str, list[Outcome]] = {kind: [] for kind in CLASSIFIERS}
             for seed, subset in enumerate(subsets):
                 train = np.flatnonzero(np.isin(data.patient, subset[budget]))  # [r]
                 for kind, fit in CLASSIFIERS.items():
                     x = inputs[kind][seed % len(means)]  # [n,F]
                     y, who = data.y[train], data.patient[train]
-                    predicted[kind].append(fit(x[train], y, who, x[test], len(data.classes), seed))
+                    scores_of = fit(x[train], y, who, x[test], len(data.classes), seed)  # [t,C]
+                    predicted[kind].append(Classified(scan_ids, who_test, data.classes, truth, scores_of))
                 advance(1)
             for kind, runs in predicted.items():
-                for metric, function in _metrics(data.classes).items():
-                    mean, sd, low, high = interval(function, runs, data.y[test], test_patients, resamples)
+                for metric in runs[0].metrics():
+                    found = interval(runs, metric, resamples)
                     scores.append(
-                        Score(name, kind, text, len(subsets[0][budget]), int(test_patients.max()) + 1,
-                              metric, mean, sd, low, high, seeds)
+                        Score(name, kind, text, len(subsets[0][budget]), found.patients,
+                              metric, found.mean, found.sd, found.low, found.high, seeds)
                     )  # fmt: skip
     return scores
 
@@ -206,6 +208,8 @@ class _Labelled:
     """Indices of all their slices."""
     y: Ints
     """Class of each scan [n]."""
+    scan_id: NDArray[np.str_]
+    """[n]."""
     patient: NDArray[np.str_]
     """[n]."""
     classes: tuple[str, ...]
@@ -226,6 +230,7 @@ def _labelled(store: Store, test_share: float, modality: str | None) -> _Labelle
         raise MedclrError(f"{store.path}: a probe needs at least two classes of labels; give `medclr index` --labels")
     scans = [store.scans[s] for s in np.unique(store.column("scan")[slices])]
     patient = np.array([scan.patient_id for scan in scans])  # [n]
+    scan_id = np.array([scan.scan_id for scan in scans])  # [n]
     split = {scan.patient_id: scan.split for scan in scans}
     named = set(split.values()) - {""}
     if named and not {"train", "test"} <= named:
@@ -239,14 +244,14 @@ def _labelled(store: Store, test_share: float, modality: str | None) -> _Labelle
     kept = np.isin([split[p] for p in patient], ["train", "test"])  # a validation split is left alone
     if not kept.all():
         slices = slices[np.isin(store.column("scan")[slices], np.unique(store.column("scan")[slices])[kept])]
-        y, patient = y[kept], patient[kept]
+        y, patient, scan_id = y[kept], patient[kept], scan_id[kept]
     in_train = np.isin(patient, sorted(train))
     for side, rows in (("training", in_train), ("test", ~in_train)):
         absent = sorted(set(range(len(classes))) - set(y[rows].tolist()))
         if absent:
             raise MedclrError(f"{store.path}: no {side} patient has label {classes[absent[0]]!r}; label more patients")
     labels = patient_labels(zip(patient.tolist(), [classes[c] for c in y], strict=True))
-    return _Labelled(slices, y, patient, classes, labels, train)
+    return _Labelled(slices, y, scan_id, patient, classes, labels, train)
 
 
 def _budget(text: str) -> int | float:
@@ -347,64 +352,6 @@ def _choose_penalty(z: Features, y: Ints, patient: NDArray[np.str_], seed: int) 
         if loss < best:
             best, chosen = loss, c
     return chosen
-
-
-class Metric(Protocol):
-    """A score from predictions [t,C], classes [t] and a weight for each row [t]; NaN where a class has no weight."""
-
-    def __call__(self, scores: Floats, y: Ints, weight: Floats) -> float: ...
-
-
-def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weight: Floats) -> float:
-    """Area under the ROC curve of scores [t] with row weights [t]; ties count half. NaN without both kinds."""
-    rank = np.unique(scores, return_inverse=True)[1]  # [t]
-    up = np.bincount(rank, weight * positive)  # weight of positives at each distinct score
-    down = np.bincount(rank, weight * ~positive)
-    total = up.sum() * down.sum()
-    return float((up * (np.cumsum(down) - down / 2)).sum() / total) if total > 0 else math.nan
-
-
-def _metrics(classes: Sequence[str]) -> dict[str, Metric]:
-    def one(c: int) -> Metric:
-        return lambda scores, y, weight: weighted_auc(scores[:, c], y == c, weight)
-
-    each = {f"AUC {name}": one(c) for c, name in enumerate(classes)}
-
-    def macro_auc(scores: Floats, y: Ints, weight: Floats) -> float:
-        return float(np.mean([auc(scores, y, weight) for auc in each.values()]))
-
-    def balanced_accuracy(scores: Floats, y: Ints, weight: Floats) -> float:
-        total = np.bincount(y, weight, minlength=len(classes))
-        if not (total > 0).all():
-            return math.nan
-        right = np.bincount(y, weight * (scores.argmax(1) == y), minlength=len(classes))
-        return float(np.mean(right / total))
-
-    return {"macro AUC": macro_auc, "balanced accuracy": balanced_accuracy, **(each if len(classes) > 2 else {})}
-
-
-def interval(
-    metric: Metric, runs: Sequence[Floats], y: Ints, patient: Ints, resamples: int
-) -> tuple[float, float, float, float]:
-    """Mean and standard deviation over runs, and a 95 % interval of that mean over resampled test patients.
-
-    Args:
-        metric: the score.
-        runs: predictions [t,C] of each seed.
-        y: classes [t].
-        patient: number of each row's patient [t], 0..P-1.
-        resamples: bootstrap samples.
-    """
-    patients = int(patient.max()) + 1
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(resamples):
-        times = np.bincount(rng.integers(0, patients, patients), minlength=patients)  # how often each patient was drawn
-        drawn.append(np.mean([metric(scores, y, times[patient].astype(float)) for scores in runs]))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a resample without one of the classes has no score
-    each = [metric(scores, y, np.ones(len(y))) for scores in runs]
-    sd = float(np.std(each, ddof=1)) if len(each) > 1 else math.nan
-    return float(np.mean(each)), sd, float(low), float(high)
 
 
 def _write(report: ProbeReport, out: Path) -> None:
