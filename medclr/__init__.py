@@ -20,6 +20,8 @@ _API = {
     "dedup": "medclr.data.dedup",
     "describe": "medclr.describe",
     "pretrain": "medclr.pretrain",
+    "finetune": "medclr.finetune",
+    "predict": "medclr.predict",
     "probe": "medclr.probe",
     "embed": "medclr.embed",
     "load_encoder": "medclr.models.encoder",
@@ -33,8 +35,10 @@ __all__ = [
     "demo",
     "describe",
     "embed",
+    "finetune",
     "index",
     "load_encoder",
+    "predict",
     "prepare",
     "pretrain",
     "probe",
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from medclr.embed import embed as embed
     from medclr.embed import read_views as read_views
     from medclr.models.encoder import load_encoder as load_encoder
+    from medclr.predict import predict as predict
     from medclr.pretrain import pretrain as pretrain
     from medclr.probe import probe as probe
 

@@ -46,6 +46,10 @@ VERBS = {
     ),
     "describe": Verb("medclr.describe", "what is in a manifest or a store, as tables and a page", positional="cohort"),
     "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)", resumes=True),
+    "finetune": Verb("medclr.finetune", "train a model on a few labelled cases, and score it", resumes=True),
+    "predict": Verb(
+        "medclr.predict", "ask a trained model about new scans: scores, or masks", positional="scans", resumes=True
+    ),
     "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
     "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),
     "demo": Verb("medclr.demo", "the whole road on a cohort of phantom patients"),

@@ -361,6 +361,18 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
         raise MedclrError(_one_sentence(str(error))) from error
 
 
+def chosen_first(arguments: Sequence[str], name: str) -> str | None:
+    """An option that decides which other settings exist, read before them: the option, else the file, else None."""
+    import argparse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{name}")
+    first.add_argument("--config", type=Path)
+    chosen, _ = first.parse_known_args(list(arguments))
+    value = getattr(chosen, name) or (read_yaml(chosen.config).get(name) if chosen.config else None)
+    return None if value is None else str(value)
+
+
 def dataclass_options(parser: Any, settings: type, group: str | None = None) -> None:
     """Declare each field of the dataclass ``settings``, nested ones included, optionally under ``group``."""
     parser.add_class_arguments(settings, group, help=(settings.__doc__ or "").strip())

@@ -138,3 +138,24 @@ def score_plot(
     axis.set_title(title, fontsize=10, color=INK, loc="left")
     axis.legend(fontsize=8, frameon=False)
     save(figure, path)
+
+
+def confusion(path: Path, truth: NDArray[np.int64], probability: NDArray[np.float64], classes: Sequence[str]) -> None:
+    """Which class [r,K] is taken for which, from probabilities [r,K]: the share of each true class, and counts."""
+    k = len(classes)
+    counts = np.zeros((k, k), dtype=int)
+    np.add.at(counts, (truth.argmax(1), probability.argmax(1)), 1)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(1.6 + 0.9 * k, 1.2 + 0.8 * k), layout="constrained")
+    (axis,) = plain_axes(figure, 1, 1)
+    axis.grid(visible=False)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(k, k):
+        ink = "white" if share[i, j] > 0.6 else INK
+        axis.text(j, i, f"{share[i, j]:.0%}\n{counts[i, j]}", ha="center", va="center", fontsize=8, color=ink)
+    axis.set_xticks(range(k), classes)
+    axis.set_yticks(range(k), classes)
+    axis.set_xlabel("predicted", fontsize=9)
+    axis.set_ylabel("true", fontsize=9)
+    axis.set_title(f"{len(truth)} test scans", fontsize=10, color=INK, loc="left")
+    save(figure, path)

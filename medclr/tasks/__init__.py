@@ -9,6 +9,7 @@ Letters: n slices of a batch, C slices as channels, S side of a stored slice, m 
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,10 @@ class TaskModel(nn.Module):
     encoder: Encoder
     classes: tuple[str, ...]
 
+    def start_from(self, run: Path) -> list[str]:
+        """Take over what a run of pretraining kept besides its encoder; names of the tensors that were filled."""
+        return []
+
     def infer(self, batch: Batch) -> Tensor:
         """What the model says of slices of whole scans, ``batch.images`` [n,C,S,S] in physical units, in eval mode.
 
@@ -53,6 +58,7 @@ class Task:
     Attributes:
         classes: names of the K outputs.
         scans: rows of ``store.scans`` that carry what this task learns from, ascending.
+        store: where the scans are.
         strata: patient -> stratum, by which budgets of patients are drawn alike; one for each patient of ``scans``.
 
     Raises:
@@ -62,6 +68,7 @@ class Task:
     classes: tuple[str, ...]
     scans: Ints
     strata: dict[str, str]
+    store: Store
 
     def __init__(self, config: Any, store: Store, modality: str | None = None) -> None:
         raise NotImplementedError
@@ -81,6 +88,9 @@ class Task:
     def judge(self, model: Any, scans: Ints) -> Outcome:
         """What the model in eval mode says of whole scans, against their labels."""
         raise NotImplementedError
+
+    def draw(self, model: Any, outcome: Outcome, folder: Path) -> None:
+        """Pictures of an outcome; none unless the task has some."""
 
 
 def names() -> list[str]:

@@ -1,0 +1,171 @@
+"""Which patients train, validate and test: drawn once, written down, and repeated from the file.
+
+A budget counts patients, because a radiologist labels patients. Validation patients are part of the budget: their
+labels cost as much.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from medclr.data.splits import label_budgets, split_of
+from medclr.data.store import Store
+from medclr.errors import MedclrError
+from medclr.files import write_text
+
+Role = Literal["train", "validation", "test"]
+ROLES: tuple[Role, ...] = ("train", "validation", "test")
+
+VALIDATED = 20
+"""From so many cases on a fifth validates, unless the settings say otherwise."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What each patient is for; patients that are for nothing, such as those beyond the budget, are left out."""
+
+    train: tuple[str, ...]
+    """Patient ids, sorted; and below."""
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            if both := sorted(set(getattr(self, a)) & set(getattr(self, b))):
+                raise MedclrError(f"patient {both[0]} is a {a} and a {b} case; a patient can be in one split only")
+
+    def csv(self, strata: Mapping[str, str]) -> str:
+        """The text of ``cases.csv``: patient_id, split, stratum."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["patient_id", "split", "stratum"])
+        for role in ROLES:
+            writer.writerows([patient, role, strata.get(patient, "")] for patient in getattr(self, role))
+        return text.getvalue()
+
+
+def write_cases(path: Path, cases: Cases, strata: Mapping[str, str]) -> None:
+    """Write ``cases.csv``, which ``--cases`` takes to repeat the same split."""
+    write_text(path, cases.csv(strata))
+
+
+def parse_budget(text: str) -> int | float:
+    """``20`` patients; ``10%`` or ``0.1`` of them.
+
+    Raises:
+        MedclrError: it reads like neither.
+    """
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text) if "." in text else int(text)
+        if 0 < value <= (1 if isinstance(value, float) else math.inf):
+            return value
+    except ValueError:
+        pass
+    raise MedclrError(f"{text!r}: write a number of patients (20), a percentage (10%) or a fraction (0.1)")
+
+
+def split_patients(store: Store, patients: Iterable[str], test_share: float) -> dict[str, str]:
+    """The split of each patient: the manifest's, or train and test by a hash of the id where it names none.
+
+    Raises:
+        MedclrError: the manifest names splits, but not both train and test.
+    """
+    wanted = set(patients)
+    split = {scan.patient_id: scan.split for scan in store.scans if scan.patient_id in wanted}
+    named = set(split.values()) - {""}
+    if not named:
+        shares = {"train": 1 - test_share, "test": test_share}
+        return {patient: split_of(patient, shares) for patient in split}
+    if not {"train", "test"} <= named:
+        there = ", ".join(sorted(named))
+        raise MedclrError(f"{store.path}: its manifest has the splits {there}; train and test are needed")
+    return split
+
+
+def choose_cases(
+    store: Store,
+    strata: Mapping[str, str],
+    wanted: str,
+    *,
+    seed: int,
+    validation: float | None = None,
+    test_share: float = 0.3,
+) -> Cases:
+    """Draw the cases of a run, or read them.
+
+    Args:
+        store: whose manifest may name splits.
+        strata: patient -> stratum of every labelled patient; budgets are drawn alike over strata, and nested: whoever
+            is among the 5 of a seed is also among the 10 of that seed.
+        wanted: a budget of training patients as ``parse_budget`` reads it, or a file: a ``cases.csv``, which is
+            repeated as it is, or a list of patient ids, which are the budget.
+        seed: of the draw.
+        validation: share of the budget; None: a fifth from 20 cases on, else none.
+        test_share: of the patients, by a hash of the id, where the manifest names no splits.
+
+    Raises:
+        MedclrError: a budget that the labelled training patients cannot meet, an unknown patient, or one in two splits.
+    """
+    path = Path(wanted)
+    listed = _read(path) if path.is_file() else {}
+    if unknown := sorted(set(listed) - set(strata)):
+        raise MedclrError(f"{path}: patient {unknown[0]} has no label in {store.path}; make the list from this store")
+    if any(listed.values()):
+        if absent := sorted(set(listed.values()) - set(ROLES)):
+            raise MedclrError(f"{path}: split {absent[0]!r} is unknown; use train, validation and test")
+        roles = {role: tuple(sorted(p for p, its in listed.items() if its == role)) for role in ROLES}
+        if not roles["train"] or not roles["test"]:
+            raise MedclrError(f"{path}: names no patient of split {'test' if roles['train'] else 'train'}")
+        return Cases(**roles)
+    split = split_patients(store, strata, test_share)
+    pool = {patient: strata[patient] for patient, name in split.items() if name == "train"}
+    test = tuple(sorted(patient for patient, name in split.items() if name == "test"))
+    if not pool or not test:
+        raise MedclrError(f"{store.path}: no labelled patient is in split {'test' if pool else 'train'}")
+    if listed:
+        if outside := sorted(set(listed) - set(pool)):
+            raise MedclrError(
+                f"{path}: patient {outside[0]} is not a training patient of {store.path}, but {split[outside[0]]}"
+            )
+        chosen: list[str] = sorted(listed)
+    else:
+        budget = parse_budget(wanted)
+        try:
+            (chosen,) = label_budgets(pool, [budget], seed).values()
+        except MedclrError as error:
+            raise MedclrError(f"--cases {wanted}: {error}") from None
+    held = _hold_out({patient: pool[patient] for patient in chosen}, seed, validation)
+    return Cases(tuple(sorted(set(chosen) - held)), tuple(sorted(held)), test)
+
+
+def _hold_out(chosen: Mapping[str, str], seed: int, share: float | None) -> set[str]:
+    """The validation patients: at least one of each stratum stays, and one validates, or there are none."""
+    if share is None:
+        share = 0.2 if len(chosen) >= VALIDATED else 0.0
+    strata = set(chosen.values())
+    n = max(round(share * len(chosen)), len(strata)) if share else 0
+    if n == 0 or min(list(chosen.values()).count(stratum) for stratum in strata) < 2 or n > len(chosen) - len(strata):
+        return set()
+    (held,) = label_budgets(chosen, [n], seed + 1).values()
+    return set(held) if {chosen[p] for p in chosen.keys() - set(held)} == strata else set()
+
+
+def _read(path: Path) -> dict[str, str]:
+    """patient -> split ('' in a bare list of ids) of a CSV with a column patient_id."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MedclrError(f"--cases {path}: cannot be read ({error})") from error
+    if not rows or "patient_id" not in rows[0]:
+        raise MedclrError(f"--cases {path}: needs a column patient_id, and at least one row")
+    found: dict[str, str] = {}
+    for row in rows:
+        patient, split = row["patient_id"], row.get("split") or ""
+        if found.setdefault(patient, split) != split:
+            raise MedclrError(f"{path}: patient {patient} is in two splits, {found[patient]} and {split}; keep one")
+    return found

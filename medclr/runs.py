@@ -1,0 +1,48 @@
+"""A run folder: made once, resumed by the same settings and by no others, replaced only if asked."""
+
+import shutil
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+from medclr.config import differences, read_yaml, to_yaml
+from medclr.errors import MedclrError
+from medclr.files import LOCK_NAME, write_text
+
+
+def open_folder(
+    out: Path, resolved: dict[str, Any], written: Set[str], harmless: Set[str], *, overwrite: bool = False
+) -> None:
+    """Make the folder of a run and its config.yaml, or accept one with the same settings.
+
+    Args:
+        out: the folder.
+        resolved: all settings, as plain types.
+        written: names of all that a run of this kind writes, and so all that ``overwrite`` may remove.
+        harmless: dotted names of settings that cannot change the result, and so may differ.
+        overwrite: replace a run that is there.
+
+    Raises:
+        MedclrError: it holds another run, or something that no run wrote.
+    """
+    existing = out / "config.yaml"
+    if not existing.exists():
+        if out.exists() and (not out.is_dir() or any(p.name != LOCK_NAME for p in out.iterdir())):
+            raise MedclrError(f"{out}: exists and is not a run of medclr; choose another --out")
+    elif overwrite:
+        if strange := sorted(p.name for p in out.iterdir() if p.name not in written):
+            raise MedclrError(
+                f"{out}: holds {strange[0]}, which no run wrote, and is not overwritten; choose another --out"
+            )
+        for name in set(written) - {LOCK_NAME, existing.name}:  # killed meanwhile, it still is a run
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    else:
+        changed = differences(read_yaml(existing), resolved)
+        telling = [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if name not in harmless]
+        if telling:
+            advice = "choose another --out, or --overwrite true"
+            raise MedclrError(f"{out}: holds a run with other settings ({'; '.join(telling)}); {advice}")
+        if not changed:
+            return
+    write_text(existing, to_yaml(resolved))
