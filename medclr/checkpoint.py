@@ -4,7 +4,8 @@ RUN/checkpoints/step-0000100.pt          training state, tensors and plain types
 RUN/checkpoints/step-0000100.pt.sha256   its checksum, as sha256sum writes it; written last
 RUN/checkpoints/best.pt                  the same, of the step that the monitor liked best
 RUN/encoder/encoder.safetensors          the encoder's tensors
-RUN/encoder/encoder.json                 architecture, input size, origin, and the checksum of the tensors; written last
+RUN/encoder/head.safetensors             the projection head's, of methods that have one
+RUN/encoder/encoder.json                 architecture, input size, origin, and checksums of the tensors; written last
 """
 
 import hashlib
@@ -122,7 +123,7 @@ def _damage(path: Path) -> str | None:
 
 
 class Describable(Protocol):
-    """A module that can be exported: ``medclr.models.encoder.Encoder``."""
+    """A module that can be exported: ``medclr.models.encoder.Encoder``, ``medclr.models.heads.ProjectionHead``."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -131,19 +132,22 @@ class Describable(Protocol):
         ...
 
 
-def export_encoder(folder: Path, encoder: Describable, meta: dict[str, Any]) -> None:
-    """Write the encoder's tensors and encoder.json: its ``description``, and ``meta``, plain facts of its origin."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    path = folder / "encoder.safetensors"
-    checksum = write_bytes(path, safetensors.torch.save(tensors))
-    facts = {
-        "format_version": FORMAT_VERSION,
-        **encoder.description(),
-        **meta,
-        "tensors": len(tensors),
-        "sha256": checksum,
-    }
+def export_encoder(folder: Path, encoder: Describable, meta: dict[str, Any], head: Describable | None = None) -> None:
+    """Write the tensors of the encoder, and of the projection ``head`` it was trained under, and encoder.json.
+
+    That holds the encoder's ``description``, ``meta``, plain facts of its origin, and under "head" what is known of it.
+    """
+    facts = {"format_version": FORMAT_VERSION, **encoder.description(), **meta}
+    facts |= _write_tensors(folder / "encoder.safetensors", encoder)
+    if head is not None:
+        facts["head"] = head.description() | _write_tensors(folder / "head.safetensors", head)
     files.write_json(folder / "encoder.json", facts)
+
+
+def _write_tensors(path: Path, module: Describable) -> dict[str, Any]:
+    """What encoder.json says of the file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return {"tensors": len(tensors), "sha256": write_bytes(path, safetensors.torch.save(tensors))}
 
 
 def encoder_folder(path: Path) -> Path:
@@ -164,19 +168,40 @@ def read_encoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         MedclrError: written by another version, or damaged.
     """
-    facts_path, path = folder / "encoder.json", folder / "encoder.safetensors"
+    facts = _read_facts(folder / "encoder.json")
+    return _read_tensors(folder / "encoder.safetensors", facts["sha256"]), facts
+
+
+def read_head(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors of the projection head that an exported encoder was trained under, and its ``layers``, ``features`` and
+    ``out_features``; None if it was trained without one. SimCLRv2 fine-tunes from its first layer, ``hidden.0``.
+
+    Raises:
+        MedclrError: as ``read_encoder``.
+    """
+    facts: dict[str, Any] | None = _read_facts(folder / "encoder.json").get("head")
+    if facts is None:
+        return None
+    return _read_tensors(folder / "head.safetensors", facts["sha256"]), facts
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads(facts_path.read_text(encoding="utf-8"))
-        version, checksum = facts["format_version"], facts["sha256"]
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, _ = facts["format_version"], facts["sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise MedclrError(f"{facts_path}: is not the description of an encoder; export the encoder again") from error
+        raise MedclrError(f"{path}: is not the description of an encoder; export the encoder again") from error
     if version != FORMAT_VERSION:
         raise MedclrError(
-            f"{facts_path}: has format {version}, this medclr reads {FORMAT_VERSION}; use the medclr that wrote it"
+            f"{path}: has format {version}, this medclr reads {FORMAT_VERSION}; use the medclr that wrote it"
         )
+    return facts
+
+
+def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
     try:
         if files.sha256(path) != checksum:
             raise MedclrError(f"{path}: does not match its checksum in encoder.json; export the encoder again")
-        return safetensors.torch.load_file(path), facts
+        return safetensors.torch.load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise MedclrError(f"{path}: cannot be read ({error}); export the encoder again") from error

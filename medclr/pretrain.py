@@ -30,6 +30,7 @@ from medclr.look import Indices, draw_views, look
 from medclr.memory import keep_freed_memory
 from medclr.methods import PretrainingMethod
 from medclr.models.encoder import Encoder, build_encoder
+from medclr.models.heads import ProjectionHead
 from medclr.models.weights import load_weights
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
@@ -275,7 +276,7 @@ def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: to
             if is_stopped:
                 raise stop.leaving(state.step, total, out)
     if group.is_first:
-        _finish(request, encoder, store, loader.indices)
+        _finish(request, method, store, loader.indices)
     group.barrier()  # nobody leaves before the run is whole
     return RunSummary(out, state.step, before + time.perf_counter() - started, last or _last_figures(out))
 
@@ -332,8 +333,10 @@ def _not_finite(
     return f"{out}: {what}; {who}; {where}; {advice}"
 
 
-def _finish(request: Request, encoder: Encoder, store: Store, indices: Indices) -> None:
-    """Export the encoder, with the patients it has seen, and draw the curves."""
+def _finish(request: Request, method: PretrainingMethod, store: Store, indices: Indices) -> None:
+    """Export the encoder, with the patients it has seen, and the head above it; draw the curves."""
+    encoder, head = method.encoder, getattr(method, "head", None)
+    assert isinstance(encoder, Encoder)
     seen = np.unique(store.column("patient")[indices])
     out = request.out
     checkpoint.export_encoder(
@@ -346,6 +349,7 @@ def _finish(request: Request, encoder: Encoder, store: Store, indices: Indices) 
             "modalities": sorted({store.info.modalities[m] for m in np.unique(store.column("modality")[indices])}),
             "patients": sorted({store.patients[int(p)] for p in seen} | encoder.seen_patients),
         },
+        head if isinstance(head, ProjectionHead) else None,
     )
     figures.curves(out / "figures" / "curves.png", read_metrics(out), CURVES)
 

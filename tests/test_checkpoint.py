@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medclr import checkpoint, files
 from medclr.errors import MedclrError
+from medclr.models.heads import ProjectionHead
 
 
 def state(step: int) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class Exportable(nn.Linear):
 def exported(tmp_path: Path) -> tuple[Path, Exportable]:
     module = Exportable(3, 2)
     checkpoint.export_encoder(tmp_path / "encoder", module, {"modalities": ["CT"]})
+    assert not (tmp_path / "encoder" / "head.safetensors").exists()
     return tmp_path / "encoder", module
 
 
@@ -171,6 +173,26 @@ def test_export_comes_back_and_a_person_can_read_it(tmp_path: Path) -> None:
     assert facts == {
         "format_version": 1, "architecture": {"name": "linear"}, "size_px": 3, "modalities": ["CT"], "tensors": 2,
     }  # fmt: skip
+
+
+def test_the_head_comes_back_or_none_or_is_refused(tmp_path: Path) -> None:
+    folder, module = exported(tmp_path)
+    assert checkpoint.read_head(folder) is None
+    head = ProjectionHead(features=6, layers=3, out_features=4)
+    checkpoint.export_encoder(folder, module, {}, head)
+    found = checkpoint.read_head(folder)
+    assert found is not None
+    tensors, facts = found
+    assert (facts["layers"], facts["features"], facts["out_features"]) == (3, 6, 4)
+    ProjectionHead(facts["features"], facts["layers"], facts["out_features"]).load_state_dict(tensors)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in head.state_dict().items())
+    assert checkpoint.read_encoder(folder)[1]["sha256"] == files.sha256(folder / "encoder.safetensors")
+    flip_a_bit(folder / "head.safetensors")
+    with pytest.raises(MedclrError, match=r"head.safetensors: does not match its checksum"):
+        checkpoint.read_head(folder)
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(MedclrError, match=r"head.safetensors: cannot be read"):
+        checkpoint.read_head(folder)
 
 
 def test_damaged_exports_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import medclr
+from medclr import checkpoint
 from medclr.augment.views import Draws
 from medclr.config import read_yaml
 from medclr.data.store import Store
@@ -52,6 +53,11 @@ def test_a_run_leaves_everything_that_it_promises(run):
     assert {"effective_rank", "uniformity", "knn"} <= set(rows[-1])
     facts = json.loads((run / "encoder" / "encoder.json").read_text())
     assert len(facts["patients"]) == 24
+    head, shape = checkpoint.read_head(run / "encoder")
+    trained = checkpoint.load(checkpoint.latest(run))["method"]
+    assert head.keys() == {name.removeprefix("head.") for name in trained if name.startswith("head.")}
+    assert all(torch.equal(tensor, trained[f"head.{name}"]) for name, tensor in head.items())
+    assert (shape["layers"], shape["out_features"]) == (2, 128)
     assert not list(run.rglob("*.tmp"))
 
 
@@ -96,8 +102,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, image_store, tmp_path, s
 def test_a_truncated_checkpoint_is_noticed(run, image_store, tmp_path):
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
-    for checkpoint in (broken / "checkpoints").glob("*.pt"):
-        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    for damaged in (broken / "checkpoints").glob("*.pt"):
+        damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(MedclrError, match="checkpoint is damaged"):
         medclr.pretrain(image_store, broken, settings=SMALL)
 

@@ -1,6 +1,6 @@
 """Heads on an encoder. Letters: B images, F features of the encoder, K outputs."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, features: int, layers: Literal[2, 3] = 2, out_features: int = 128) -> None:
         super().__init__()
+        self.shape = {"layers": layers, "features": features, "out_features": out_features}
         if layers not in (2, 3):
             raise MedclrError(f"head_layers: {layers} is not a SimCLR head; use 2 (SimCLR) or 3 (SimCLRv2)")
         self.hidden = nn.ModuleList(
@@ -32,6 +33,10 @@ class ProjectionHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
+
+    def description(self) -> dict[str, Any]:
+        """What encoder.json says of it: its arguments."""
+        return dict(self.shape)
 
     def first(self, x: Tensor) -> Tensor:
         """Features [B,F] -> output [B,F] of the first layer after its ReLU: where SimCLRv2 fine-tunes from."""
