@@ -152,8 +152,9 @@ class Task(BaseTask):
 
     def check(self, scans: Ints, what: str) -> None:
         """Raise MedclrError if some class is in no mask of ``scans``; ``what`` names them."""
-        for name, found in zip(self.classes, self.holds(scans).any(0).tolist(), strict=True):
-            if not found:
+        held = self.holds(scans)  # [m,K]
+        for k, name in enumerate(self.classes):
+            if not held[:, k].any():
                 raise MedclrError(
                     f"{self.store.path}: no mask of {what} shows class {name!r}; take more cases, or label some"
                 )
