@@ -23,6 +23,7 @@ _API = {
     "finetune": "medclr.finetune",
     "predict": "medclr.predict",
     "probe": "medclr.probe",
+    "compare": "medclr.compare",
     "embed": "medclr.embed",
     "load_encoder": "medclr.models.encoder",
     "read_views": "medclr.embed",
@@ -31,6 +32,7 @@ _API = {
 
 __all__ = [
     "__version__",
+    "compare",
     "dedup",
     "demo",
     "describe",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from medclr.compare import compare as compare
     from medclr.data.dedup import dedup as dedup
     from medclr.data.index import index as index
     from medclr.data.prepare import prepare as prepare

@@ -51,6 +51,7 @@ VERBS = {
         "medclr.predict", "ask a trained model about new scans: scores, or masks", positional="scans", resumes=True
     ),
     "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
+    "compare": Verb("medclr.compare", "pretrained encoders with few labels, on the same patients", resumes=True),
     "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),
     "demo": Verb("medclr.demo", "the whole road on a cohort of phantom patients"),
 }

@@ -147,14 +147,15 @@ def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weight: Floats) ->
 def weighted_aucs(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """``weighted_auc`` [w] for each of many weightings [w,r]."""
     order = np.argsort(scores, kind="stable")
-    value, weight = scores[order], weights[:, order]
-    first = np.flatnonzero(np.append(True, value[1:] != value[:-1])[: len(value)])  # where each distinct score begins
-    up = np.add.reduceat(weight * positive[order], first, axis=1)  # [w,distinct], weight of the positives at each
-    down = np.add.reduceat(weight * ~positive[order], first, axis=1)
-    total = up.sum(1) * down.sum(1)  # [w]
-    below = np.cumsum(down, axis=1) - down / 2
-    area: Floats = np.divide((up * below).sum(1), total, out=np.full(len(weights), np.nan), where=total > 0)
-    return area
+    up, down = order[positive[order]], order[~positive[order]]  # rows of the positives and of the others, ascending
+    weight = weights[:, up]  # [w,u]
+    before = np.cumsum(np.pad(weights[:, down], ((0, 0), (1, 0))), axis=1)  # [w,d+1], weight of the first others
+    lower = np.searchsorted(scores[down], scores[up], "left")  # [u], how many others score less
+    upper = np.searchsorted(scores[down], scores[up], "right")  # [u], less or the same: those count half
+    area = np.einsum("wu,wu->w", weight, before[:, lower] + before[:, upper]) / 2
+    total = weight.sum(1) * before[:, -1]  # [w]
+    share: Floats = np.divide(area, total, out=np.full(len(weights), np.nan), where=total > 0)
+    return share
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:

@@ -110,8 +110,14 @@ class Page:
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         with rc_context({"svg.hashsalt": "medclr"}):
             figure.savefig(data, format=kind, dpi=150, metadata=metadata, bbox_inches="tight", facecolor="white")
-        mime = "image/svg+xml" if kind == "svg" else "image/png"
-        image = base64.b64encode(data.getvalue()).decode()
+        self._image(data.getvalue(), "image/svg+xml" if kind == "svg" else "image/png", caption)
+
+    def picture(self, path: Path, caption: str) -> None:
+        """A PNG that was written before, and its caption."""
+        self._image(path.read_bytes(), "image/png", caption)
+
+    def _image(self, data: bytes, mime: str, caption: str) -> None:
+        image = base64.b64encode(data).decode()
         self._parts.append(
             f'<figure><img src="data:{mime};base64,{image}" alt="{escape(caption)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
