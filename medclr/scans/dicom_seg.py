@@ -105,6 +105,8 @@ def write_seg(
             raise ScanError(f"is such that no DICOM SEG can refer to it ({type(error).__name__})") from error
         if frames[0].header.frames > 1:
             _number_frames(seg, [frame.number + 1 for frame in frames])
+        if "FrameOfReferenceUID" not in seg:  # then it must say which way the picture is turned, or that nobody knows
+            seg.PatientOrientation = images[0].get("PatientOrientation")
         with writing(path) as temporary:
             seg.save_as(temporary, enforce_file_format=True)
 
@@ -154,7 +156,7 @@ def _groups(dataset: Dataset, frame: int, *names: str) -> Dataset:
 
 def _number_frames(seg: Dataset, numbers: Sequence[int]) -> None:
     """Give references to the i-th slice of the scan the number that its frame has in the source, counted from 1."""
-    for item in seg.PerFrameFunctionalGroupsSequence:
-        for derivation in item.get("DerivationImageSequence", ()):
-            for source in derivation.SourceImageSequence:
-                source.ReferencedFrameNumber = numbers[int(source.ReferencedFrameNumber) - 1]
+    items = (item.get("DerivationImageSequence", ()) for item in seg.PerFrameFunctionalGroupsSequence)
+    sources = {id(source): source for item in items for each in item for source in each.SourceImageSequence}
+    for source in sources.values():  # the segments of a slice may share it
+        source.ReferencedFrameNumber = numbers[int(source.ReferencedFrameNumber) - 1]
