@@ -21,6 +21,7 @@ _API = {
     "describe": "medclr.describe",
     "pretrain": "medclr.pretrain",
     "finetune": "medclr.finetune",
+    "distill": "medclr.distill",
     "predict": "medclr.predict",
     "probe": "medclr.probe",
     "compare": "medclr.compare",
@@ -36,6 +37,7 @@ __all__ = [
     "dedup",
     "demo",
     "describe",
+    "distill",
     "embed",
     "finetune",
     "index",
@@ -60,8 +62,10 @@ if TYPE_CHECKING:
     from medclr.data.whereis import whereis as whereis
     from medclr.demo import demo as demo
     from medclr.describe import describe as describe
+    from medclr.distill import distill as distill
     from medclr.embed import embed as embed
     from medclr.embed import read_views as read_views
+    from medclr.finetune import finetune as finetune
     from medclr.models.encoder import load_encoder as load_encoder
     from medclr.predict import predict as predict
     from medclr.pretrain import pretrain as pretrain

@@ -50,6 +50,7 @@ VERBS = {
     "predict": Verb(
         "medclr.predict", "ask a trained model about new scans: scores, or masks", positional="scans", resumes=True
     ),
+    "distill": Verb("medclr.distill", "train a smaller student on a teacher's opinion", resumes=True),
     "probe": Verb("medclr.probe", "score frozen features with few labelled patients"),
     "compare": Verb("medclr.compare", "pretrained encoders with few labels, on the same patients", resumes=True),
     "embed": Verb("medclr.embed", "write features as a table, and a picture of them"),

@@ -168,7 +168,7 @@ def finetune(
     asked: dict[str, Any] = {"store": store, "out": out, "task": task, "encoder": encoder, "cases": cases}
     asked |= {"modality": modality, "test_share": test_share, "transductive": transductive, "overwrite": overwrite}
     words = ["--config", str(config)] if config else []
-    words += [f"--{key}={_word(value)}" for key, value in {**asked, **(settings or {})}.items()]
+    words += [f"--{key}={setting_word(value)}" for key, value in {**asked, **(settings or {})}.items()]
     return command(words)
 
 
@@ -247,23 +247,21 @@ class State:
 def train(wish: Wish) -> FinetuneSummary:
     """Do what was asked for."""
     settings, store = wish.settings, Store(wish.store)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    )
+    device = device_of(settings.device)
     keep_freed_memory()
     module = tasks.get(wish.task)
     task: Task = module.Task(wish.own, store, wish.modality)
     cases = choose_cases(
         store, task.strata, wish.cases, seed=settings.seed, validation=settings.validation, test_share=wish.test_share
     )
-    scans = {role: _scans_of(task, store, getattr(cases, role)) for role in ("train", "validation", "test")}
+    scans = {role: scans_of(task, store, getattr(cases, role)) for role in ("train", "validation", "test")}
     task.check(scans["train"], f"the {len(cases.train)} training cases")
     task.check(scans["test"], f"the {len(cases.test)} test patients")
     encoder, report = start_encoder(wish.encoder, settings.network, settings.size_px, store.info.size_px, settings.seed)
     stamp = _guard(encoder, cases, transductive=wish.transductive)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model: TaskModel = module.Model(wish.own, encoder, task.classes)
+        model: TaskModel = module.Model(task.config, encoder, task.classes)
     extra = model.start_from(Path(wish.encoder)) if Path(wish.encoder).is_dir() else []
     with alone(wish.out):
         open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
@@ -274,20 +272,30 @@ def train(wish: Wish) -> FinetuneSummary:
         state = State(model, build_tuner(model, settings, is_new=report is None), store.info.manifest_sha256)
         state.resume(wish.out)
         model.to(device)
-        _fit(wish, task, scans, state, is_new=report is None)
-        if state.kept:
-            model.load_state_dict(state.kept)
+        fit(wish.out, settings, task, scans["train"], scans["validation"], state, is_new=report is None)
         return _finish(wish, task, cases, scans["test"], state, stamp)
 
 
-def _fit(wish: Wish, task: Task, scans: Mapping[str, Ints], state: State, *, is_new: bool) -> None:
-    """Train until the schedule ends, or until the validation cases no longer get better."""
-    settings, model = wish.settings, state.model
-    total, validates = settings.steps, len(scans["validation"]) > 0
-    items = task.items(scans["train"])
+def fit(
+    out: Path, settings: FinetuneConfig, task: Task, train: Ints, validation: Ints, state: State, *, is_new: bool
+) -> None:
+    """Train until the schedule ends, or until the validation scans no longer get better; then take the best weights.
+
+    Args:
+        out: the run folder, for checkpoints and metrics.
+        settings: of the run.
+        task: what is learnt.
+        train: scans to learn from.
+        validation: scans to choose the step by, or none.
+        state: where to begin; holds the trained model in the end.
+        is_new: whether the encoder starts from random weights.
+    """
+    model = state.model
+    total, validates = settings.steps, len(validation) > 0
+    items = task.items(train)
     views = replace(settings.views, size_px=model.encoder.size_px)
     frozen = 0 if is_new else round(settings.frozen_steps * total)
-    peaks = [group["lr"] if "peak" not in group else group["peak"] for group in state.optimizer.param_groups]
+    peaks = [group["peak"] for group in state.optimizer.param_groups]
     device = next(model.parameters()).device
     before, started = state.seconds, time.perf_counter()
     saved_at = started
@@ -295,11 +303,11 @@ def _fit(wish: Wish, task: Task, scans: Mapping[str, Ints], state: State, *, is_
 
     def save() -> None:
         state.seconds = before + time.perf_counter() - started
-        checkpoint.save(wish.out, state.step, state.content(), keep=1)
+        checkpoint.save(out, state.step, state.content(), keep=1)
 
     with (
-        Tracker(wish.out, step=state.step, backend=None) as tracker,
-        progress("finetune", total, "steps", done=state.step) as advance,
+        Tracker(out, step=state.step, backend=None) as tracker,
+        progress(out.name, total, "steps", done=state.step) as advance,
         StopRequest(Group()) as stop,
     ):
         while state.step < total and not (validates and state.looks >= settings.patience):
@@ -313,7 +321,7 @@ def _fit(wish: Wish, task: Task, scans: Mapping[str, Ints], state: State, *, is_
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 loss = task.loss(model, _batch(items, settings, step), views, seed=settings.seed, step=step)
             if not loss.isfinite():
-                raise MedclrError(f"{wish.out}: the loss of step {step} is not finite; lower lr, or use float32")
+                raise MedclrError(f"{out}: the loss of step {step} is not finite; lower lr, or use float32")
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             state.optimizer.step()
@@ -321,7 +329,7 @@ def _fit(wish: Wish, task: Task, scans: Mapping[str, Ints], state: State, *, is_
             row = {"loss": float(loss.detach()), "lr": settings.lr * factor}
             if validates and (state.step % settings.every == 0 or state.step == total):
                 model.eval()
-                outcome = task.judge(model, scans["validation"])
+                outcome = task.judge(model, validation)
                 row["score"] = outcome.score(outcome.metrics()[0])
                 state.look(row["score"] if math.isfinite(row["score"]) else -row["loss"])
                 note = f" · {outcome.metrics()[0]} {row['score']:.3f}"
@@ -329,21 +337,23 @@ def _fit(wish: Wish, task: Task, scans: Mapping[str, Ints], state: State, *, is_
             advance(1, f"loss {row['loss']:.3f}{note}")
             if stop.asked() and state.step < total:
                 save()
-                raise stop.leaving(state.step, total, wish.out)
+                raise stop.leaving(state.step, total, out)
             if time.perf_counter() - saved_at > 60 * settings.checkpoint_minutes:
                 save()
                 saved_at = time.perf_counter()
     save()
+    if state.kept:
+        model.load_state_dict(state.kept)
+    model.eval()
 
 
 def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stamp: str) -> FinetuneSummary:
     """Judge the test patients once, and write what is kept."""
     model, out, store = state.model, wish.out, task.store
-    model.eval()
     outcome = task.judge(model, test)
     write_outcome(out / "predictions.csv", outcome)
     scores = {metric: interval([outcome], metric) for metric in outcome.metrics()}
-    _write_scores(out / "scores.csv", scores)
+    write_scores(out / "scores.csv", scores)
     trained = set(cases.train) | set(cases.validation)
     facts = {
         "settings": wish.resolved,
@@ -354,14 +364,15 @@ def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stam
         "patients": sorted(trained | model.encoder.seen_patients),
         "transductive": bool(stamp),
     }
-    export_model(out / "model", wish.task, wish.own, model, facts)
+    export_model(out / "model", wish.task, task.config, model, facts)
     rows = read_metrics(out)
     figures.curves(out / "figures" / "curves.png", rows, CURVES)
     task.draw(model, outcome, out / "figures")
     return FinetuneSummary(out, scores, cases, state.step, state.seconds, stamp)
 
 
-def _write_scores(path: Path, scores: Mapping[str, Estimate]) -> None:
+def write_scores(path: Path, scores: Mapping[str, Estimate]) -> None:
+    """Write scores.csv: metric, value, its 95 % interval over patients, and their number."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["metric", "value", "low", "high", "patients"])
@@ -370,7 +381,7 @@ def _write_scores(path: Path, scores: Mapping[str, Estimate]) -> None:
     write_text(path, text.getvalue())
 
 
-def _word(value: Any) -> str:
+def setting_word(value: Any) -> str:
     """A value as it is written on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -422,6 +433,18 @@ def build_tuner(model: TaskModel, settings: FinetuneConfig, *, is_new: bool) -> 
     return torch.optim.AdamW(plain, lr=settings.lr)
 
 
+def device_of(name: str) -> torch.device:
+    """The device of a setting; MedclrError if it cannot be used here."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MedclrError(f"device: {chosen!r} cannot be used here ({reason}); choose auto, cpu or cuda") from error
+    return device
+
+
 def match_text(report: MatchReport | None, model: TaskModel, extra: Sequence[str]) -> str:
     """What became of every tensor: loaded, reshaped, left in the file, or new."""
     loaded = set() if report is None else {*report.matched, *report.reshaped}
@@ -444,6 +467,7 @@ def _guard(encoder: Encoder, cases: Cases, *, transductive: bool) -> str:
     return f" (transductive: pretrained on {len(seen)} of them)" if seen else ""
 
 
-def _scans_of(task: Task, store: Store, patients: Sequence[str]) -> Ints:
+def scans_of(task: Task, store: Store, patients: Sequence[str]) -> Ints:
+    """The scans of some patients that carry what the task learns from."""
     wanted = set(patients)
     return np.array([i for i in task.scans if store.scans[int(i)].patient_id in wanted], dtype=np.int64)

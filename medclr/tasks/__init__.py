@@ -42,6 +42,10 @@ class TaskModel(nn.Module):
         """Take over what a run of pretraining kept besides its encoder; names of the tensors that were filled."""
         return []
 
+    def slice_logits(self, x: Tensor) -> Tensor:
+        """Images [n,C,s,s] in [0,1], each for itself -> logits [n,K,...]: what a student learns from a teacher."""
+        raise NotImplementedError
+
     def infer(self, batch: Batch) -> Tensor:
         """What the model says of slices of whole scans, ``batch.images`` [n,C,S,S] in physical units, in eval mode.
 
@@ -56,6 +60,7 @@ class Task:
     """Built as ``Task(config, store, modality)``: the labelled scans of a store, of one modality or of all.
 
     Attributes:
+        config: its Config, complete: what was left to the store is filled in.
         classes: names of the K outputs.
         scans: rows of ``store.scans`` that carry what this task learns from, ascending.
         store: where the scans are.
@@ -65,6 +70,7 @@ class Task:
         MedclrError: the store holds nothing to learn from; says what to give ``medclr index``.
     """
 
+    config: Any
     classes: tuple[str, ...]
     scans: Ints
     strata: dict[str, str]

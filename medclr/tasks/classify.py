@@ -117,6 +117,10 @@ class Model(tasks.TaskModel):
         logits: Tensor = self.classifier(self.pooled(self.features(x), scan))
         return logits
 
+    def slice_logits(self, x: Tensor) -> Tensor:
+        """Images [n,C,s,s] in [0,1] -> logits [n,K] of each alone."""
+        return self(x, torch.arange(len(x), device=x.device))  # type: ignore[no-any-return]
+
     def infer(self, batch: Batch) -> Tensor:
         """Slices of whole scans -> probabilities [m,K], scans in ascending order."""
         x = plain_view(batch, self.encoder.size_px)  # [n,C,s,s]

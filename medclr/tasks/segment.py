@@ -96,6 +96,10 @@ class Model(TaskModel):
         logits: Tensor = self.decoder(x, self.encoder.pyramid(x))
         return logits
 
+    def slice_logits(self, x: Tensor) -> Tensor:
+        """As ``forward``: every slice is segmented for itself."""
+        return self(x)  # type: ignore[no-any-return]
+
     def infer(self, batch: Batch) -> Tensor:
         """Slices in physical units, ``batch.images`` [n,C,S,S] -> probabilities [n,K+1,S,S], background first."""
         size = batch.images.shape[2:]
