@@ -6,7 +6,7 @@ the teacher's probabilities at a temperature (eq. 3), with a labelled term if as
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,10 +135,8 @@ class DistillSummary:
             self.student
         )
         for name, own in self.student.items():
-            d = self.difference[name]
-            rows.append(
-                f"  {name:<24}{own.mean:9.3f}{self.teacher[name].mean:9.3f}  {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-            )
+            d, theirs = self.difference[name], self.teacher[name]
+            rows.append(f"  {name:<24}{own.mean:9.3f}{theirs.mean:9.3f}  {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
         took = f"{self.out}: {self.steps} steps in {duration(self.seconds)}; the model is in {self.out / 'model'}"
         return "\n".join([size, *rows, took])
 
@@ -294,7 +292,7 @@ def _student(wish: Wish, module: Any, task: Task, teacher: TaskModel, store: Sto
     settings = wish.settings
     slices = teacher.encoder.config.slices
     is_same = wish.student == "same"
-    network = teacher.encoder.config if is_same else replace(EncoderConfig(), name=wish.student, slices=slices)
+    network = teacher.encoder.config if is_same else EncoderConfig(wish.student, slices=slices)  # type: ignore[arg-type]
     size = settings.size_px or teacher.encoder.size_px
     encoder, report = start_encoder(wish.init, network, size, store.info.size_px, settings.seed)
     with torch.random.fork_rng(devices=[]):
