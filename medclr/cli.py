@@ -6,6 +6,7 @@ Nothing heavy is imported before the verb is known: ``medclr --help`` answers at
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
 import types
@@ -70,8 +71,21 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done or saved at SIGTERM, 2 what the user can mend, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; the exit status: 0 done or saved at SIGTERM, 2 what the user can mend, 130 after Ctrl-C, 141
+    if nobody reads what it says.
+    """
+    try:
+        try:
+            return _command(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -84,8 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)  # a batch system's stop is a Ctrl-C: save and leave
     try:
         result = _run(words[0], words[1:])
+        if result is not None and speaks:
+            print(result)
     except MedclrError as error:
-        print(f"medclr: {error}", file=sys.stderr)
+        if speaks:
+            print(f"medclr: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -98,9 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks:
             print(f"medclr: {str(interruption) or f'interrupted{again}'}", file=sys.stderr)
         return 0 if resumes and isinstance(interruption, Terminated) else 130
-    if result is not None and speaks:
-        print(result)
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output or error was closed, as by ``medclr ... | head``; what is still unsaid is dropped."""
+    closed = []
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream, 0)  # errors are always told
+        if poll.poll(0):
+            closed.append(stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(closed)
 
 
 def _terminate(signum: int, frame: types.FrameType | None) -> None:

@@ -2,10 +2,13 @@
 
 import errno
 import importlib
+import os
 import re
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import medclr.data.store
@@ -30,6 +33,25 @@ def test_light_verbs_import_neither_torch_nor_monai(words):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["whereis", "--help"], ["whereis", "f-0"], ["index"]], ids=" ".join)
+def test_a_reader_that_leaves_early_is_no_error(words, tmp_path):
+    """As `medclr ... | head -1` does; what was to be done is done."""
+    if words == ["index"]:
+        (tmp_path / "scans").mkdir()
+        nib.save(nib.Nifti1Image(np.arange(64.0).reshape(4, 4, 4), np.eye(4)), tmp_path / "scans" / "a.nii")
+        words = ["index", "scans", "--out", "m.csv", "--modality", "MR", "--key-file", "key"]
+    command = [sys.executable, "-m", "medclr", *words]
+    both = words == ["whereis", "f-0"]  # says what is wrong on standard error
+    errors = subprocess.STDOUT if both else subprocess.PIPE
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=tmp_path, env=usual) as process:
+        process.stdout.close()
+        said = b"" if both else process.stderr.read()
+    assert process.returncode == 141
+    assert b"Error" not in said
+    assert (tmp_path / "m.csv").exists() == ("index" in words)
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
