@@ -14,10 +14,6 @@ from torch import Tensor, nn
 ACT = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
 """As in MONAI's BasicUNet."""
 
-NORM_GROUP = 8
-"""Channels that are normalised together, image by image: unlike batch norm it does not care how few cases there are,
-and unlike instance norm it works on a map of one pixel."""
-
 
 class UNetDecoder(nn.Module):
     """Pyramid of feature maps -> logits for every pixel of the image.
@@ -36,19 +32,14 @@ class UNetDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], slices: int, outputs: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        # Channels that leave each level: that of the image, then those of all maps but the coarsest.
-        wanted = [width * 2**level for level in range(len(channels))]
-        own = [width, *(max(width, _rounded(own)) for own in channels[:-1])]
-        made = [min(pair) for pair in zip(wanted, own, strict=True)]  # [L]
+        # Channels that leave each level: that of the image, then those of all maps but the coarsest, [L] in all.
+        made = [width, *(min(width * 2**i, most) for i, most in enumerate(channels[:-1], start=1))]
         bottom = min(2 * made[-1], channels[-1])
         # The coarsest map can have 1280 channels, of which 3 x 3 convolutions would cost more than the encoder.
         self.bottom = Convolution(2, channels[-1], bottom, kernel_size=1, act=ACT, norm=None)
         levels = zip([*made[1:], bottom], [slices, *channels[:-1]], made, strict=True)
         self.levels = nn.ModuleList(
-            TwoConv(
-                2, coarse + skip, out, ACT, ("group", {"num_groups": out // NORM_GROUP}), bias=False, dropout=dropout
-            )
-            for coarse, skip, out in levels
+            TwoConv(2, coarse + skip, out, ACT, "batch", bias=False, dropout=dropout) for coarse, skip, out in levels
         )
         self.head = nn.Conv2d(width, outputs, kernel_size=1)
 
@@ -62,8 +53,3 @@ class UNetDecoder(nn.Module):
             x = level(torch.cat([skip, x], dim=1))
         logits: Tensor = self.head(x)
         return logits
-
-
-def _rounded(channels: int) -> int:
-    """The next smaller multiple of ``NORM_GROUP``, at least that."""
-    return max(channels // NORM_GROUP, 1) * NORM_GROUP

@@ -26,7 +26,7 @@ from medclr.data.store import Store, to_source_grid
 from medclr.data.tables import StoredScan
 from medclr.errors import MedclrError
 from medclr.models.encoder import Encoder
-from medclr.models.unet import NORM_GROUP, UNetDecoder
+from medclr.models.unet import UNetDecoder
 from medclr.outcomes import Outcome, Segmented
 from medclr.progress import progress
 from medclr.scans.modality import modality_of
@@ -55,7 +55,7 @@ class Config:
     """Names of the classes; none: their values."""
 
     width: int = 16
-    """Channels of the decoder at the full size, a multiple of 8; they double from one size to the next coarser one."""
+    """Channels of the decoder at the full size; they double from one size to the next coarser one."""
 
     dropout: float = 0.0
     """Share of the decoder's channels that is dropped after each convolution while training."""
@@ -65,8 +65,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise MedclrError for a setting that cannot work."""
-        if self.width < NORM_GROUP or self.width % NORM_GROUP:
-            raise MedclrError(f"segment.width: {self.width} is no multiple of {NORM_GROUP}; 16 or 32 is usual")
+        if self.width < 1:
+            raise MedclrError(f"segment.width: {self.width} is below 1; 8 to 32 is usual")
         if not 0 <= self.dropout < 1:
             raise MedclrError(f"segment.dropout: {self.dropout} is no share from 0 to below 1")
         if self.empty_slices < 0:
