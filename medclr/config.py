@@ -224,7 +224,7 @@ class FinetuneConfig:
                 "steps": (self.steps >= 1, "at least 1"),
                 "every": (self.every >= 1, "at least 1"),
                 "patience": (self.patience >= 1, "at least 1"),
-                "batch": (self.batch >= 1, "at least 1"),
+                "batch": (self.batch >= 2, "at least 2, because batch norm needs more than one"),
                 "size_px": (self.size_px is None or self.size_px >= 8, "at least 8, or null"),
                 "lr": (self.lr > 0, "above 0"),
                 "encoder_lr": (self.encoder_lr >= 0, "at least 0"),
@@ -347,13 +347,16 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
     """
     import argparse
 
+    from jsonargparse import ActionConfigFile
+
     known = [option for action in parser._actions for option in action.option_strings]
+    has_files = any(isinstance(action, ActionConfigFile) for action in parser._actions)  # else --config is its own
     arguments = [_underscored(word, known) for word in arguments]
     for word in arguments:
         name = word.split("=", 1)[0]
         if name.startswith("--") and len(name) > 2 and name not in known:
             raise MedclrError(f"unknown setting {name}{nearest(name, known)}")
-    for path in _config_files(arguments):
+    for path in _config_files(arguments) if has_files else ():
         _check_keys(path, {option[2:] for option in known if option.startswith("--")})
     try:
         return parser.instantiate(parser.parse_args(list(arguments)))

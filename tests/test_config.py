@@ -54,6 +54,14 @@ def test_a_wrong_option_is_one_sentence_that_names_it(words, named):
         assert word in str(error.value)
 
 
+def test_an_option_of_that_name_may_be_something_else(tmp_path):
+    """``medclr compare --config`` names a file of another shape, which the verb reads itself."""
+    file = tmp_path / "a.yaml"
+    file.write_text("inits: {}\n")
+    parser = option_parser("test", "", lambda parser: parser.add_argument("--config", type=Path))
+    assert parse(parser, ["--config", str(file)]).config == file
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -71,6 +71,17 @@ def test_nothing_comes_from_outside_and_pictures_carry_no_metadata():
     assert b"tEXt" not in png
 
 
+def test_a_picture_that_was_written_before_is_held_as_it_is(tmp_path):
+    figure().savefig(tmp_path / "a.png")
+    made = Page("t")
+    made.picture(tmp_path / "a.png", HOSTILE)
+    (image,) = (attributes for tag, attributes in Reader(made.html()).tags if tag == "img")
+    kind, data = image["src"].split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == (tmp_path / "a.png").read_bytes()
+    assert image["alt"] == HOSTILE
+
+
 def test_the_same_page_is_the_same_bytes(tmp_path):
     page().write(tmp_path / "a.html")
     page().write(tmp_path / "b.html")
