@@ -8,27 +8,27 @@ the teacher's probabilities at a temperature (eq. 3), with a labelled term if as
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medclr import figures, tasks
+from medclr import figures, files, tasks
 from medclr.augment.labelled import training_views
 from medclr.config import (
     EncoderConfig,
     FinetuneConfig,
     ViewsConfig,
     dataclass_options,
+    nearest,
     option_parser,
     parse,
     to_plain,
 )
-from medclr.data.cases import Cases, choose_cases
+from medclr.data.cases import Cases, read_cases, refuse_seen
 from medclr.data.loader import load_batch
-from medclr.data.splits import refuse_overlap
 from medclr.data.store import Store
 from medclr.errors import MedclrError
 from medclr.files import alone, write_text
@@ -40,6 +40,7 @@ from medclr.finetune import (
     State,
     build_tuner,
     device_of,
+    digest_of,
     fit,
     match_text,
     scans_of,
@@ -62,7 +63,7 @@ class Asked:
     """What is asked for besides the settings of training."""
 
     store: Path
-    """Slice store; its labels are not looked at, except for the labelled term and the score."""
+    """Slice store to learn from; it needs no labels."""
 
     out: Path
     """Run folder; the same command again resumes it."""
@@ -71,13 +72,18 @@ class Asked:
     """Run folder of `medclr finetune`."""
 
     student: str = "resnet18"
-    """Network of the student: a name as in encoder.name; or same: the teacher's, which then starts from its weights."""
+    """Network of the student: resnet18 or another that pretrain knows; or same: the teacher's, from its weights on."""
 
     init: str = "random"
-    """Weights that the student starts from: random, imagenet, a run folder of pretraining, or a file."""
+    """Weights that the student starts from, of the same network: random, imagenet, a run folder of pretraining, or a
+    file of torchvision's ResNet weights."""
 
-    split: str = "train"
-    """Slices of this split are learnt from; '': all."""
+    split: str | None = None
+    """Only slices of this split of the manifest are learnt from; null: train, if the store has it, else all."""
+
+    score: Path | None = None
+    """Slice store with the labels of the teacher's patients, for the score and the labelled term; null: the one that is
+    learnt from, if it has them."""
 
     temperature: float = 1.0
     """Divides the logits of both: above 1 the teacher's doubts weigh more."""
@@ -86,7 +92,7 @@ class Asked:
     """Weight of the loss on the teacher's own labelled cases, beside 1 less that for the teacher's opinion."""
 
     transductive: bool = False
-    """Go on although test patients are among the slices, and stamp it on every figure."""
+    """Go on although test patients are learnt from, and stamp it on every figure."""
 
     overwrite: bool = False
     """Replace the run that is in --out."""
@@ -104,7 +110,7 @@ class Wish(Asked):
 
     settings: FinetuneConfig = field(default_factory=FinetuneConfig)
 
-    UNTOLD: ClassVar = ("store", "out", "overwrite", "settings")
+    UNTOLD: ClassVar = ("store", "score", "out", "overwrite", "settings")
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -119,7 +125,7 @@ class DistillSummary:
 
     out: Path
     student: Mapping[str, Estimate]
-    """Scores on the teacher's test patients; empty if the store has none of them."""
+    """Scores on the teacher's test patients; empty if their labels are not at hand."""
     teacher: Mapping[str, Estimate]
     difference: Mapping[str, Estimate]
     """Student less teacher on the same resampled patients."""
@@ -128,12 +134,16 @@ class DistillSummary:
     steps: int
     seconds: float
     stamp: str
+    """'' or that some of the test patients were learnt from."""
+    unscored: str
+    """Why there is no score; '' if there is one."""
 
     def __str__(self) -> str:
-        size = f"student of {self.parameters[0]:,} parameters, teacher of {self.parameters[1]:,}{self.stamp}"
-        rows = [f"  {'':<24}{'student':>9}{'teacher':>9}  difference (95 % interval over patients)"] * bool(
-            self.student
-        )
+        stamp = f" ({self.stamp})" if self.stamp else ""
+        size = f"student of {self.parameters[0]:,} parameters, teacher of {self.parameters[1]:,}{stamp}"
+        rows = [f"not scored: {self.unscored}"]
+        if self.student:
+            rows = [f"  {'':<24}{'student':>9}{'teacher':>9}  difference (95 % interval over patients)"]
         for name, own in self.student.items():
             d, theirs = self.difference[name], self.teacher[name]
             rows.append(f"  {name:<24}{own.mean:9.3f}{theirs.mean:9.3f}  {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
@@ -142,19 +152,14 @@ class DistillSummary:
 
 
 class Distillation(Task):
-    """What the loop learns from: slices with the teacher's opinion, and perhaps the labelled cases too."""
+    """What the loop learns from: slices with the teacher's opinion, and perhaps its labelled cases too."""
 
-    def __init__(self, task: Task, teacher: TaskModel, wish: Wish, cases: Cases) -> None:
-        self.task, self.teacher, self.wish = task, teacher, wish
-        self.store, self.config, self.classes = task.store, task.config, task.classes
-        self.scans, self.strata = task.scans, task.strata
-        self.is_multi_label = bool(getattr(task.config, "multi_label", False))
-        self._labelled: Sequence[Any] = ()
-        if wish.labelled:
-            train = scans_of(task, task.store, cases.train)
-            if not len(train):
-                raise MedclrError(f"labelled: {task.store.path} holds none of the teacher's cases; set it to 0")
-            self._labelled = task.items(train)
+    def __init__(self, store: Store, trained: Trained, wish: Wish, labelled: tuple[Task, Ints] | None) -> None:
+        """``labelled``: the task of the labelled cases, and the scans of the teacher's training cases."""
+        self.store, self.teacher, self.wish = store, trained.model, wish
+        self.is_multi_label = bool(getattr(trained.config, "multi_label", False))
+        self._task = labelled[0] if labelled else None
+        self._labelled: Sequence[Any] = labelled[0].items(labelled[1]) if labelled else ()
 
     def items(self, scans: Ints) -> Sequence[int]:
         """All slices of ``scans``."""
@@ -170,16 +175,12 @@ class Distillation(Task):
             opinion = self.teacher.slice_logits(x).float() / self.wish.temperature  # [n,K,...]
         logits = model.slice_logits(x).float() / self.wish.temperature
         loss = soft_cross_entropy(logits, opinion, multi_label=self.is_multi_label)
-        if not self._labelled:
+        if self._task is None:
             return loss
         n = min(len(items), len(self._labelled))
         chosen = np.random.default_rng([seed, step, 5]).permutation(len(self._labelled))[:n]
-        own = self.task.loss(model, [self._labelled[i] for i in chosen], views, seed=seed + 1, step=step)
+        own = self._task.loss(model, [self._labelled[i] for i in chosen], views, seed=seed + 1, step=step)
         return (1 - self.wish.labelled) * loss + self.wish.labelled * own
-
-    def judge(self, model: Any, scans: Ints) -> Outcome:
-        """As the task judges."""
-        return self.task.judge(model, scans)
 
 
 def soft_cross_entropy(logits: Tensor, opinion: Tensor, *, multi_label: bool = False) -> Tensor:
@@ -235,89 +236,147 @@ def command(arguments: Sequence[str]) -> DistillSummary:
 
 def _distill(wish: Wish) -> DistillSummary:
     settings, store, trained = wish.settings, Store(wish.store), load_model(wish.teacher)
+    cases = _cases_of(trained)
     device = device_of(settings.device)
     keep_freed_memory()
     teacher = trained.model.to(device).requires_grad_(False)
-    module = tasks.get(trained.task)
-    task: Task = module.Task(module.Config(**trained.facts["config"]), store)
-    if task.classes != teacher.classes:
-        raise MedclrError(
-            f"{store.path}: has the classes {task.classes}, the teacher {teacher.classes}; give its store"
-        )
-    cases = choose_cases(store, task.strata, str(_cases_file(trained)), seed=settings.seed)
-    scans = np.unique(store.column("scan")[store.indices(wish.split)]).astype(np.int64)
+    has_train = any(scan.split == "train" for scan in store.scans)
+    split = wish.split if wish.split is not None else "train" if has_train else ""
+    scans = np.unique(store.column("scan")[store.indices(split)]).astype(np.int64)
     patients = {store.scans[int(i)].patient_id for i in scans}
-    stamp = _guard(patients, cases, transductive=wish.transductive)
-    model, match = _student(wish, module, task, teacher, store)
-    goal = Distillation(task, teacher, wish, cases)
+    model, match = _student(wish, trained, store)
+    stamp = refuse_seen(
+        patients | trained.patients | model.encoder.seen_patients,
+        cases,
+        "the student would be trained" if not wish.transductive else "the student was trained",
+        "choose another --store, --split, --init or --teacher",
+        transductive=wish.transductive,
+    )
+    task, unscored = _labels(wish, trained, cases)
+    labelled = None
+    if wish.labelled:
+        if task is None:
+            raise MedclrError(f"labelled: {unscored}; give the store of the teacher's cases as --score, or set it to 0")
+        train = scans_of(task, task.store, cases.train)
+        task.check(train, f"the teacher's {len(cases.train)} training cases")
+        labelled = task, train
+    goal = Distillation(store, trained, wish, labelled)
+    origin = {"store": store.info.manifest_sha256, "teacher": files.sha256(trained.path / "model.json")}
+    if wish.init != "random":
+        origin["init"] = digest_of(model.encoder)
+    if task is not None and wish.labelled:
+        origin["score"] = task.store.info.manifest_sha256
+    model.to(device)
     with alone(wish.out):
         open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
         write_text(wish.out / "match.txt", match)
-        write_text(wish.out / "cases.csv", cases.csv(task.strata))
+        write_text(wish.out / "cases.csv", (trained.path.parent / "cases.csv").read_text(encoding="utf-8"))
         is_new = wish.init == "random" and wish.student != "same"
-        state = State(model, build_tuner(model, settings, is_new=is_new), store.info.manifest_sha256)
+        state = State(model, build_tuner(model, settings, is_new=is_new), origin)
         state.resume(wish.out)
-        model.to(device)
         fit(wish.out, settings, goal, scans, scans[:0], state, is_new=is_new)
-        test = scans_of(task, store, cases.test)
-        ours, theirs = task.judge(model, test), task.judge(teacher, test)
-        write_outcome(wish.out / "predictions.csv", ours)
-        metrics = ours.metrics()
-        student = {metric: interval([ours], metric) for metric in metrics}
-        write_scores(wish.out / "scores.csv", student)
+        student, theirs, difference = _judge(wish, task, cases, model, teacher, stamp)
         facts = {
             "settings": wish.resolved,
             "manifest_sha256": store.info.manifest_sha256,
             "modalities": sorted({store.scans[int(i)].modality for i in scans}),
             "patients": sorted(patients | trained.patients | model.encoder.seen_patients),
-            "transductive": bool(stamp) or bool(trained.facts.get("transductive")),
+            "transductive": bool(stamp),
+            "stamp": stamp,
         }
-        export_model(wish.out / "model", trained.task, task.config, model, facts)
-        figures.curves(wish.out / "figures" / "curves.png", read_metrics(wish.out), CURVES)
-        task.draw(model, ours, wish.out / "figures")
+        export_model(wish.out / "model", trained.task, trained.config, model, facts)
+        figures.curves(wish.out / "figures" / "curves.png", read_metrics(wish.out), CURVES, stamp)
+    sizes = _size(model), _size(teacher)
     return DistillSummary(
-        wish.out,
-        student,
-        {metric: interval([theirs], metric) for metric in metrics},
-        {metric: (resample([ours], metric) - resample([theirs], metric)).estimate() for metric in metrics},
-        (_size(model), _size(teacher)),
-        state.step,
-        state.seconds,
-        stamp,
+        wish.out, student, theirs, difference, sizes, state.step, state.seconds, stamp, unscored if task is None else ""
     )
 
 
-def _student(wish: Wish, module: Any, task: Task, teacher: TaskModel, store: Store) -> tuple[TaskModel, str]:
-    """The student as it starts, and what became of its tensors."""
-    settings = wish.settings
-    slices = teacher.encoder.config.slices
+Scores = Mapping[str, Estimate]
+
+
+def _judge(
+    wish: Wish, task: Task | None, cases: Cases, model: TaskModel, teacher: TaskModel, stamp: str
+) -> tuple[Scores, Scores, Scores]:
+    """Scores of the student, of the teacher, and their difference on the same patients; written down and drawn."""
+    if task is None:
+        return {}, {}, {}
+    test = scans_of(task, task.store, cases.test)
+    ours, theirs = task.judge(model, test), task.judge(teacher, test)
+    write_outcome(wish.out / "predictions.csv", ours)
+    metrics = ours.metrics()
+    student = {metric: interval([ours], metric) for metric in metrics}
+    write_scores(wish.out / "scores.csv", student, stamp)
+    task.draw(model, ours, wish.out / "figures", stamp)
+    return student, {metric: interval([theirs], metric) for metric in metrics}, _paired(ours, theirs)
+
+
+def _paired(ours: Outcome, theirs: Outcome) -> Scores:
+    """Student less teacher on the same resampled patients."""
+    return {m: (resample([ours], m) - resample([theirs], m)).estimate() for m in ours.metrics()}
+
+
+def _labels(wish: Wish, trained: Trained, cases: Cases) -> tuple[Task | None, str]:
+    """The task on the store with the labels of the teacher's test patients; or None, and why there is none.
+
+    Raises:
+        MedclrError: the store that was named for it cannot serve.
+    """
+    path = wish.score or wish.store
+    try:
+        task: Task = tasks.get(trained.task).Task(trained.config, Store(path))
+        if task.classes != trained.model.classes:
+            theirs, ours = (", ".join(classes) for classes in (trained.model.classes, task.classes))
+            raise MedclrError(f"{path}: has the classes {ours}, and the teacher {theirs}; name its store as --score")
+        if not len(scans_of(task, task.store, cases.test)):
+            raise MedclrError(f"{path}: holds none of the teacher's test patients; name their store as --score")
+    except MedclrError as error:
+        if wish.score:
+            raise
+        return None, str(error)
+    return task, ""
+
+
+def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str]:
+    """The student as it starts, and what became of its tensors.
+
+    Raises:
+        MedclrError: an unknown network, or weights of another one.
+    """
+    settings, teacher = wish.settings, trained.model
+    known = get_args(get_type_hints(EncoderConfig)["name"])
+    if wish.student not in ("same", *known):
+        raise MedclrError(f"--student {wish.student!r} is unknown{nearest(wish.student, ['same', *known])}")
     is_same = wish.student == "same"
-    network = teacher.encoder.config if is_same else EncoderConfig(wish.student, slices=slices)  # type: ignore[arg-type]
+    if is_same and wish.init != "random":
+        raise MedclrError(f"--init {wish.init}: the student 'same' starts from the teacher's weights; leave it out")
+    network = teacher.encoder.config
+    if not is_same:
+        network = EncoderConfig(wish.student, slices=network.slices)  # type: ignore[arg-type]
     size = settings.size_px or teacher.encoder.size_px
     encoder, report = start_encoder(wish.init, network, size, store.info.size_px, settings.seed)
+    if encoder.config.name != network.name:
+        raise MedclrError(
+            f"--init {wish.init}: is a {encoder.config.name}, and the student a {network.name}; choose --student "
+            f"{encoder.config.name}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model: TaskModel = module.Model(task.config, encoder, task.classes)
+        model: TaskModel = tasks.get(trained.task).Model(trained.config, encoder, teacher.classes)
     if is_same:
         model.load_state_dict(teacher.state_dict())
-        return model, f"weights from {wish.teacher}\nloaded {len(model.state_dict())}\n"
+        names = list(model.state_dict())
+        lines = [f"weights from {wish.teacher}", f"loaded {len(names)}", *(f"loaded\t{name}" for name in names)]
+        return model, "\n".join(lines) + "\n"
     return model, match_text(report, model, ())
 
 
-def _cases_file(trained: Trained) -> Path:
+def _cases_of(trained: Trained) -> Cases:
+    """Who taught and who tests the teacher."""
     path = trained.path.parent / "cases.csv"
     if not path.is_file():
         raise MedclrError(f"{path}: is missing, so nobody knows who tests the teacher; name the whole run folder")
-    return path
-
-
-def _guard(patients: set[str], cases: Cases, *, transductive: bool) -> str:
-    """'' or the stamp; MedclrError if test patients are among the slices and that was not allowed."""
-    if not transductive:
-        what = "the slices to learn from and the teacher's test set (choose --split, or --transductive true stamps it)"
-        refuse_overlap(patients, cases.test, what)
-    both = patients & set(cases.test)
-    return f" (transductive: {len(both)} test patients were learnt from)" if both else ""
+    return read_cases(path)
 
 
 def _size(model: TaskModel) -> int:

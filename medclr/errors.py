@@ -8,6 +8,11 @@ class MedclrError(Exception):
     """Any condition that the user can mend; ``str(error)`` is the one clear sentence."""
 
 
+def one_line(error: Exception) -> str:
+    """What a library says over several lines, to be quoted in a sentence."""
+    return " ".join(str(error).split())
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, a scheduler's request to leave: what is done is saved and the exit status is 0, for a later go."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from medclr.files import writing
 
-INK, FAINT = "#1b2733", "#c9d1d9"
+INK, FAINT, WARNING = "#1b2733", "#c9d1d9", "#b3261e"
 COLOURS = ("#0b6e8f", "#d1495b", "#edae49", "#4f772d", "#7b4b94", "#2e4057", "#a05c2f", "#00798c")
 
 
@@ -39,8 +39,11 @@ def plain_axes(figure: Figure, rows: int, columns: int) -> list[Any]:
     return list(axes.flat)
 
 
-def curves(path: Path, metrics: Sequence[Mapping[str, float]], panels: Mapping[str, str]) -> None:
-    """One panel a figure over the step; ``panels`` maps a key of the metrics to its title. Absent keys get no panel."""
+def curves(path: Path, metrics: Sequence[Mapping[str, float]], panels: Mapping[str, str], stamp: str = "") -> None:
+    """One panel a figure over the step; ``panels`` maps a key of the metrics to its title. Absent keys get no panel.
+
+    The ``stamp``, what must be known of the run, stands above.
+    """
     present = {key: title for key, title in panels.items() if any(key in row for row in metrics)}
     if not present:
         return
@@ -58,6 +61,8 @@ def curves(path: Path, metrics: Sequence[Mapping[str, float]], panels: Mapping[s
         axis.set_xlabel("step", fontsize=8)
     for axis in axes[len(present) :]:
         axis.set_visible(False)
+    if stamp:
+        figure.suptitle(stamp, fontsize=9, color=WARNING, x=0, ha="left")
     save(figure, path)
 
 
@@ -140,8 +145,17 @@ def score_plot(
     save(figure, path)
 
 
-def confusion(path: Path, truth: NDArray[np.int64], probability: NDArray[np.float64], classes: Sequence[str]) -> None:
-    """Which class [r,K] is taken for which, from probabilities [r,K]: the share of each true class, and counts."""
+def confusion(
+    path: Path,
+    truth: NDArray[np.int64],
+    probability: NDArray[np.float64],
+    classes: Sequence[str],
+    stamp: str = "",
+) -> None:
+    """Which class [r,K] is taken for which, from probabilities [r,K]: the share of each true class, and counts.
+
+    The ``stamp``, what must be known of the model, stands above.
+    """
     k = len(classes)
     counts = np.zeros((k, k), dtype=int)
     np.add.at(counts, (truth.argmax(1), probability.argmax(1)), 1)
@@ -158,4 +172,7 @@ def confusion(path: Path, truth: NDArray[np.int64], probability: NDArray[np.floa
     axis.set_xlabel("predicted", fontsize=9)
     axis.set_ylabel("true", fontsize=9)
     axis.set_title(f"{len(truth)} test scans", fontsize=10, color=INK, loc="left")
+    if stamp:
+        words = textwrap.fill(stamp, 14 * k + 12)
+        figure.suptitle(words, fontsize=8, color=WARNING, x=0, ha="left")
     save(figure, path)

@@ -33,13 +33,14 @@ class Overlaid:
     """[c,H,W]."""
 
 
-def overlays(path: Path, rows: Sequence[Overlaid], classes: Sequence[str]) -> None:
+def overlays(path: Path, rows: Sequence[Overlaid], classes: Sequence[str], stamp: str = "") -> None:
     """Every slice bare, and beside it the mask as an area and the prediction as a line, a colour a class.
 
     Args:
         path: PNG to write.
         rows: scans, at least one; each with equally many slices.
         classes: names of the K classes.
+        stamp: what must be known of the predictions, in the title.
     """
     columns = len(rows[0].images)
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(classes))]
@@ -65,6 +66,6 @@ def overlays(path: Path, rows: Sequence[Overlaid], classes: Sequence[str]) -> No
                     line[2 * c + 1].contour(columns_at, rows_at, predicted, levels=[0.5], colors=colour, linewidths=1.6)
         line[0].set_ylabel(row.caption, fontsize=8, color=INK)
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, classes, strict=True)]
-    title = "area: mask; line: prediction"
+    title = "area: mask; line: prediction" + f"; {stamp}" * bool(stamp)
     figure.legend(handles=handles, title=title, loc="upper left", ncols=8, fontsize=8, title_fontsize=8, frameon=False)
     save(figure, path)

@@ -4,12 +4,15 @@ A run is a function of its settings and its store: the cases, the sample order, 
 by the seed, so a run that was killed and resumed ends with the same weights.
 """
 
+import contextlib
 import csv
+import hashlib
 import io
+import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +30,7 @@ from medclr.config import (
     parse,
     to_plain,
 )
-from medclr.data.cases import Cases, choose_cases, write_cases
-from medclr.data.splits import refuse_overlap
+from medclr.data.cases import Cases, choose_cases, refuse_seen, write_cases
 from medclr.data.store import Store
 from medclr.distributed import Group
 from medclr.errors import MedclrError
@@ -72,12 +74,13 @@ class FinetuneSummary:
     steps: int
     seconds: float
     stamp: str
-    """'' or that the encoder was pretrained on test patients."""
+    """'' or that the encoder was pretrained on some of the test patients."""
 
     def __str__(self) -> str:
         n = self.cases
         held = f", {len(n.validation)} to validate" if n.validation else ""
-        title = f"{len(n.train)} training cases{held}, {len(n.test)} test patients{self.stamp}"
+        stamp = f" ({self.stamp})" if self.stamp else ""
+        title = f"{len(n.train)} training cases{held}, {len(n.test)} test patients{stamp}"
         took = f"{self.out}: {self.steps} steps in {duration(self.seconds)}"
         scores = "\n".join(f"  {name:<24}{s.mean:8.3f}  [{s.low:.3f}, {s.high:.3f}]" for name, s in self.scores.items())
         return f"{title} (95 % interval over patients)\n{scores}\n{took}; the model is in {self.out / 'model'}"
@@ -113,6 +116,13 @@ class Asked:
 
     overwrite: bool = False
     """Replace the run that is in --out."""
+
+    manifests: Path | None = Path("data_manifests")
+    """Folder that gets a copy of cases.csv, named after the run, if there is such a folder; null: no copy."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_share < 1:
+            raise MedclrError(f"test_share: {self.test_share} is no share of the patients above 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,7 @@ def finetune(
     """
     asked: dict[str, Any] = {"store": store, "out": out, "task": task, "encoder": encoder, "cases": cases}
     asked |= {"modality": modality, "test_share": test_share, "transductive": transductive, "overwrite": overwrite}
+    asked |= {"manifests": None}  # only the command line leaves something where it was called
     words = ["--config", str(config)] if config else []
     words += [f"--{key}={setting_word(value)}" for key, value in {**asked, **(settings or {})}.items()]
     return command(words)
@@ -203,8 +214,8 @@ class State:
 
     model: TaskModel
     optimizer: torch.optim.Optimizer
-    manifest: str
-    """SHA-256 of the store's manifest."""
+    origin: dict[str, str]
+    """What else the run follows from, such as its store, and the SHA-256 of each: settings only have their paths."""
     step: int = 0
     """Steps that are done."""
     seconds: float = 0.0
@@ -216,7 +227,7 @@ class State:
     kept: dict[str, Any] = field(default_factory=dict)
     """The weights of that step; empty without validation cases."""
 
-    FACTS: ClassVar = ("manifest", "step", "seconds", "best", "best_step", "looks", "kept")
+    FACTS: ClassVar = ("origin", "step", "seconds", "best", "best_step", "looks", "kept")
 
     def content(self) -> dict[str, Any]:
         """Tensors and plain types."""
@@ -224,13 +235,16 @@ class State:
         return facts | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def resume(self, out: Path) -> None:
-        """Go on from the newest whole checkpoint, if there is one; MedclrError if it is of another store."""
+        """Go on from the newest whole checkpoint, if there is one; MedclrError if it has another origin."""
         newest = checkpoint.latest(out)
         if newest is None:
             return
         saved = checkpoint.load(newest)
-        if saved["manifest"] != self.manifest:
-            raise MedclrError(f"{out}: was trained on a store of another manifest; choose another --out")
+        was = saved.get("origin", {})
+        if changed := [name for name, digest in self.origin.items() if was.get(name) != digest]:
+            raise MedclrError(
+                f"{out}: was begun with another content of its {changed[0]}; choose another --out, or --overwrite true"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for name in self.FACTS:
@@ -258,20 +272,32 @@ def train(wish: Wish) -> FinetuneSummary:
     task.check(scans["train"], f"the {len(cases.train)} training cases")
     task.check(scans["test"], f"the {len(cases.test)} test patients")
     encoder, report = start_encoder(wish.encoder, settings.network, settings.size_px, store.info.size_px, settings.seed)
-    stamp = _guard(encoder, cases, transductive=wish.transductive)
+    stamp = refuse_seen(
+        encoder.seen_patients,
+        cases,
+        f"{wish.encoder} was pretrained",
+        "choose an encoder that was pretrained without them (data.split)",
+        transductive=wish.transductive,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model: TaskModel = module.Model(task.config, encoder, task.classes)
-    extra = model.start_from(Path(wish.encoder)) if Path(wish.encoder).is_dir() else []
+    from_run = wish.encoder not in ("random", "imagenet") and Path(wish.encoder).is_dir()
+    extra = model.start_from(Path(wish.encoder)) if from_run else []
+    origin = {"store": store.info.manifest_sha256, "cases": digest(cases.csv(task.strata))}
+    if report is not None:
+        origin["encoder"] = digest_of(encoder)
+    model.to(device)
     with alone(wish.out):
         open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
         write_cases(wish.out / "cases.csv", cases, task.strata)
+        if wish.manifests is not None and wish.manifests.is_dir():
+            copy_cases(wish.out, wish.manifests)
         write_text(wish.out / "match.txt", match_text(report, model, extra))
         if report:
             print(report, file=sys.stderr)
-        state = State(model, build_tuner(model, settings, is_new=report is None), store.info.manifest_sha256)
+        state = State(model, build_tuner(model, settings, is_new=report is None), origin)
         state.resume(wish.out)
-        model.to(device)
         fit(wish.out, settings, task, scans["train"], scans["validation"], state, is_new=report is None)
         return _finish(wish, task, cases, scans["test"], state, stamp)
 
@@ -318,7 +344,10 @@ def fit(
             factor = warmup_cosine(step, total, round(settings.warmup * total))
             for group, peak in zip(state.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            with (
+                keyed_noise(settings.seed, step, device),
+                torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
+            ):
                 loss = task.loss(model, _batch(items, settings, step), views, seed=settings.seed, step=step)
             if not loss.isfinite():
                 raise MedclrError(f"{out}: the loss of step {step} is not finite; lower lr, or use float32")
@@ -331,7 +360,8 @@ def fit(
                 model.eval()
                 outcome = task.judge(model, validation)
                 row["score"] = outcome.score(outcome.metrics()[0])
-                state.look(row["score"] if math.isfinite(row["score"]) else -row["loss"])
+                if math.isfinite(row["score"]):  # not, say, if no validation case has some class
+                    state.look(row["score"])
                 note = f" · {outcome.metrics()[0]} {row['score']:.3f}"
             tracker.write(state.step, {key: value for key, value in row.items() if math.isfinite(value)})
             advance(1, f"loss {row['loss']:.3f}{note}")
@@ -353,7 +383,7 @@ def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stam
     outcome = task.judge(model, test)
     write_outcome(out / "predictions.csv", outcome)
     scores = {metric: interval([outcome], metric) for metric in outcome.metrics()}
-    write_scores(out / "scores.csv", scores)
+    write_scores(out / "scores.csv", scores, stamp)
     trained = set(cases.train) | set(cases.validation)
     facts = {
         "settings": wish.resolved,
@@ -363,27 +393,59 @@ def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stam
         ),
         "patients": sorted(trained | model.encoder.seen_patients),
         "transductive": bool(stamp),
+        "stamp": stamp,
     }
     export_model(out / "model", wish.task, task.config, model, facts)
     rows = read_metrics(out)
-    figures.curves(out / "figures" / "curves.png", rows, CURVES)
-    task.draw(model, outcome, out / "figures")
+    figures.curves(out / "figures" / "curves.png", rows, CURVES, stamp)
+    task.draw(model, outcome, out / "figures", stamp)
     return FinetuneSummary(out, scores, cases, state.step, state.seconds, stamp)
 
 
-def write_scores(path: Path, scores: Mapping[str, Estimate]) -> None:
-    """Write scores.csv: metric, value, its 95 % interval over patients, and their number."""
+def copy_cases(out: Path, manifests: Path) -> None:
+    """Leave cases.csv where the manifests are; one of another run is left as it is, which is said."""
+    text, copy = (out / "cases.csv").read_text(encoding="utf-8"), manifests / f"{out.resolve().name}.cases.csv"
+    if not copy.exists():
+        write_text(copy, text)
+    elif copy.read_bytes() != text.encode():
+        print(f"{copy} has other cases and is left as it is; those of this run are in {out}", file=sys.stderr)
+
+
+def write_scores(path: Path, scores: Mapping[str, Estimate], stamp: str) -> None:
+    """Write scores.csv: metric, value, its 95 % interval over patients, their number, and the stamp of the run."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "value", "low", "high", "patients"])
+    writer.writerow(["metric", "value", "low", "high", "patients", "note"])
     for metric, score in scores.items():
-        writer.writerow([metric, *(f"{v:.6f}" for v in (score.mean, score.low, score.high)), score.patients])
+        writer.writerow([metric, *(f"{v:.6f}" for v in (score.mean, score.low, score.high)), score.patients, stamp])
     write_text(path, text.getvalue())
 
 
 def setting_word(value: Any) -> str:
     """A value as it is written on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool | list | tuple) else str(value)
+
+
+@contextlib.contextmanager
+def keyed_noise(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """What torch draws inside, such as dropout, follows from (seed, step), and leaves no trace outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.default_rng([seed, 6, step]).integers(2**63)))
+        yield
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(encoder: Encoder) -> str:
+    """SHA-256 of an encoder's tensors, and of whom they have seen."""
+    found = hashlib.sha256("\0".join(sorted(encoder.seen_patients)).encode())
+    for name, tensor in encoder.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _batch(items: Sequence[Any], settings: FinetuneConfig, step: int) -> list[Any]:
@@ -397,15 +459,15 @@ def _batch(items: Sequence[Any], settings: FinetuneConfig, step: int) -> list[An
 
 
 def set_free(model: TaskModel, stages: int, *, follows: bool) -> None:
-    """Train mode and gradient for all that is new and for the encoder's last ``stages``; the rest stays as it is.
+    """Train mode and gradient for all that is new and for the last ``stages`` of the rest, which stays as it is.
 
     Args:
-        model: whose ``encoder`` is meant.
+        model: whose ``stages`` are meant.
         stages: 0 freezes all of it.
         follows: whether the batch norm of free stages takes its statistics from the batch.
     """
     model.train()
-    depth = model.encoder.stages()
+    depth = model.stages()
     for i, stage in enumerate(depth):
         is_free = i >= len(depth) - stages
         for part in stage:
@@ -415,8 +477,8 @@ def set_free(model: TaskModel, stages: int, *, follows: bool) -> None:
 
 def build_tuner(model: TaskModel, settings: FinetuneConfig, *, is_new: bool) -> torch.optim.Optimizer:
     """AdamW with a learning rate for each stage of the encoder; an encoder that is new learns like the rest."""
-    depth = model.encoder.stages()
-    own = {id(p) for p in model.encoder.parameters()}
+    depth = model.stages()
+    own = {id(p) for stage in depth for part in stage for p in part.parameters()}
     rates: list[tuple[nn.Module, float]] = []
     for i, stage in enumerate(depth):
         rate = settings.lr * (1.0 if is_new else settings.encoder_lr * settings.layer_decay ** (len(depth) - 1 - i))
@@ -447,24 +509,17 @@ def device_of(name: str) -> torch.device:
 
 def match_text(report: MatchReport | None, model: TaskModel, extra: Sequence[str]) -> str:
     """What became of every tensor: loaded, reshaped, left in the file, or new."""
-    loaded = set() if report is None else {*report.matched, *report.reshaped}
-    new = [n for n in model.state_dict() if n.removeprefix("encoder.") not in loaded and n not in extra]
+    taken = ((), ()) if report is None else (report.matched, report.reshaped)
+    loaded, reshaped = ([f"encoder.{name}" for name in names] for names in taken)
+    known = {*loaded, *reshaped, *extra}
+    new = [name for name in model.state_dict() if name not in known]
     lines = [f"weights from {report.source}" if report else "no weights: everything is new"]
     kinds: dict[str, Sequence[str]] = {"new": new}
     if report:
-        kinds = {"loaded": [*report.matched, *extra], "reshaped": report.reshaped, "left": report.unexpected} | kinds
+        kinds = {"loaded": [*loaded, *extra], "reshaped": reshaped, "left": report.unexpected} | kinds
     lines += [f"{kind} {len(found)}" for kind, found in kinds.items()]
     lines += [f"{kind}\t{name}" for kind, found in kinds.items() for name in found]
     return "\n".join(lines) + "\n"
-
-
-def _guard(encoder: Encoder, cases: Cases, *, transductive: bool) -> str:
-    """'' or the stamp of a transductive run; MedclrError if test patients were seen and that was not allowed."""
-    seen = encoder.seen_patients & set(cases.test)
-    if not transductive:
-        what = "the encoder's pretraining and the test set (--transductive true goes on, and stamps it on every figure)"
-        refuse_overlap(encoder.seen_patients, cases.test, what)
-    return f" (transductive: pretrained on {len(seen)} of them)" if seen else ""
 
 
 def scans_of(task: Task, store: Store, patients: Sequence[str]) -> Ints:

@@ -9,6 +9,14 @@ from medclr.config import differences, read_yaml, to_yaml
 from medclr.errors import MedclrError
 from medclr.files import LOCK_NAME, write_text
 
+MOST = 8
+"""Settings that a message names, of all that differ."""
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a file is a lock, or what a killed process left half-written (``medclr.files.writing``)."""
+    return path.name == LOCK_NAME or (path.name.startswith(".") and path.suffix == ".tmp")
+
 
 def open_folder(
     out: Path, resolved: dict[str, Any], written: Set[str], harmless: Set[str], *, overwrite: bool = False
@@ -27,10 +35,10 @@ def open_folder(
     """
     existing = out / "config.yaml"
     if not existing.exists():
-        if out.exists() and (not out.is_dir() or any(p.name != LOCK_NAME for p in out.iterdir())):
+        if out.exists() and (not out.is_dir() or not all(is_passing(p) for p in out.iterdir())):
             raise MedclrError(f"{out}: exists and is not a run of medclr; choose another --out")
     elif overwrite:
-        if strange := sorted(p.name for p in out.iterdir() if p.name not in written):
+        if strange := sorted(p.name for p in out.iterdir() if p.name not in written and not is_passing(p)):
             raise MedclrError(
                 f"{out}: holds {strange[0]}, which no run wrote, and is not overwritten; choose another --out"
             )
@@ -41,8 +49,11 @@ def open_folder(
         changed = differences(read_yaml(existing), resolved)
         telling = [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if name not in harmless]
         if telling:
-            advice = "choose another --out, or --overwrite true"
-            raise MedclrError(f"{out}: holds a run with other settings ({'; '.join(telling)}); {advice}")
+            more = [f"and {len(telling) - MOST} more"] if len(telling) > MOST else []
+            told = "; ".join(telling[:MOST] + more)
+            raise MedclrError(
+                f"{out}: holds a run with other settings ({told}); choose another --out, or --overwrite true"
+            )
         if not changed:
             return
     write_text(existing, to_yaml(resolved))

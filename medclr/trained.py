@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from medclr import checkpoint, files, tasks
 from medclr.config import EncoderConfig
-from medclr.errors import MedclrError
+from medclr.errors import MedclrError, one_line
 from medclr.models.encoder import build_encoder
 from medclr.tasks import TaskModel
 
@@ -30,6 +30,8 @@ class Trained:
     """Its folder."""
     task: str
     """A file of ``medclr/tasks``."""
+    config: Any
+    """The task's Config."""
     model: TaskModel
     modalities: tuple[str, ...]
     """Of the scans that it was trained on."""
@@ -85,12 +87,16 @@ def load_model(path: Path | str) -> Trained:
         described = facts["encoder"]
         encoder = build_encoder(EncoderConfig(**described["architecture"]), described["size_px"])
         encoder.store_px = described["store_px"]
-        model: TaskModel = module.Model(module.Config(**facts["config"]), encoder, tuple(facts["classes"]))
+        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in facts["config"].items()}  # JSON has none
+        config = module.Config(**settings)
+        model: TaskModel = module.Model(config, encoder, tuple(facts["classes"]))
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
         patients = frozenset(facts["patients"])
-        loaded = Trained(folder, facts["task"], model, tuple(facts["modalities"]), patients, facts)
+        loaded = Trained(folder, facts["task"], config, model, tuple(facts["modalities"]), patients, facts)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MedclrError(f"{folder}: cannot be read as a trained model ({error}); run the training again") from error
+        raise MedclrError(
+            f"{folder}: cannot be read as a trained model ({one_line(error)}); run the training again"
+        ) from error
     encoder.seen_patients = loaded.patients
     model.eval()
     return loaded

@@ -7,7 +7,7 @@ labels cost as much.
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,9 @@ ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
 VALIDATED = 20
 """From so many cases on a fifth validates, unless the settings say otherwise."""
+
+MOST_IDS = 20
+"""Patients that a message names, of all that it means."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,17 @@ def split_patients(store: Store, patients: Iterable[str], test_share: float) -> 
     """The split of each patient: the manifest's, or train and test by a hash of the id where it names none.
 
     Raises:
-        MedclrError: the manifest names splits, but not both train and test.
+        MedclrError: the manifest names splits, but not both train and test, or has a patient in two.
     """
     wanted = set(patients)
-    split = {scan.patient_id: scan.split for scan in store.scans if scan.patient_id in wanted}
+    split: dict[str, str] = {}
+    for scan in store.scans:
+        if scan.patient_id in wanted and split.setdefault(scan.patient_id, scan.split) != scan.split:
+            two = " and ".join(sorted(name or "none" for name in (split[scan.patient_id], scan.split)))
+            raise MedclrError(
+                f"{store.path}: patient {scan.patient_id} is in two splits of its manifest, {two}; index again, which "
+                "gives a patient one"
+            )
     named = set(split.values()) - {""}
     if not named:
         shares = {"train": 1 - test_share, "test": test_share}
@@ -110,17 +120,12 @@ def choose_cases(
     Raises:
         MedclrError: a budget that the labelled training patients cannot meet, an unknown patient, or one in two splits.
     """
-    path = Path(wanted)
-    listed = _read(path) if path.is_file() else {}
+    path, budget = Path(wanted), _budget(wanted)
+    listed = _read(path) if budget is None else {}
     if unknown := sorted(set(listed) - set(strata)):
         raise MedclrError(f"{path}: patient {unknown[0]} has no label in {store.path}; make the list from this store")
     if any(listed.values()):
-        if absent := sorted(set(listed.values()) - set(ROLES)):
-            raise MedclrError(f"{path}: split {absent[0]!r} is unknown; use train, validation and test")
-        roles = {role: tuple(sorted(p for p, its in listed.items() if its == role)) for role in ROLES}
-        if not roles["train"] or not roles["test"]:
-            raise MedclrError(f"{path}: names no patient of split {'test' if roles['train'] else 'train'}")
-        return Cases(**roles)
+        return _roles(path, listed)
     split = split_patients(store, strata, test_share)
     pool = {patient: strata[patient] for patient, name in split.items() if name == "train"}
     test = tuple(sorted(patient for patient, name in split.items() if name == "test"))
@@ -128,18 +133,75 @@ def choose_cases(
         raise MedclrError(f"{store.path}: no labelled patient is in split {'test' if pool else 'train'}")
     if listed:
         if outside := sorted(set(listed) - set(pool)):
+            its = f"in split {split[outside[0]]}" if split[outside[0]] else "in no split"
             raise MedclrError(
-                f"{path}: patient {outside[0]} is not a training patient of {store.path}, but {split[outside[0]]}"
+                f"{path}: patient {outside[0]} is {its} of {store.path}, and only those in train can be trained on; "
+                "take it off the list"
             )
         chosen: list[str] = sorted(listed)
     else:
-        budget = parse_budget(wanted)
+        assert budget is not None
         try:
             (chosen,) = label_budgets(pool, [budget], seed).values()
         except MedclrError as error:
             raise MedclrError(f"--cases {wanted}: {error}") from None
     held = _hold_out({patient: pool[patient] for patient in chosen}, seed, validation)
     return Cases(tuple(sorted(set(chosen) - held)), tuple(sorted(held)), test)
+
+
+def read_cases(path: Path) -> Cases:
+    """The cases of a run, from its ``cases.csv``.
+
+    Raises:
+        MedclrError: there is no such file, or it is not one.
+    """
+    return _roles(path, _read(path))
+
+
+def refuse_seen(seen: Set[str], cases: Cases, who: str, advice: str, *, transductive: bool) -> str:
+    """The stamp of a run whose weights have seen test patients; '' if they have not.
+
+    Args:
+        seen: patients that were learnt from, labelled or not.
+        cases: of the run.
+        who: has seen them, such as "the encoder was pretrained".
+        advice: what to choose instead.
+        transductive: go on, whoever was seen.
+
+    Raises:
+        MedclrError: test patients were seen, and that is not allowed; with their ids.
+    """
+    both = sorted(seen & set(cases.test))
+    if not both:
+        return ""
+    said = f"{len(both)} of the {len(cases.test)} test patients"
+    if not transductive:
+        ids = ", ".join(both[:MOST_IDS]) + (", ..." if len(both) > MOST_IDS else "")
+        raise MedclrError(
+            f"{who} on {said} ({ids}), so its score would flatter; {advice}, or go on with --transductive true, which "
+            "is stamped on every figure"
+        )
+    return f"transductive: {who} on {said}"
+
+
+def _budget(wanted: str) -> int | float | None:
+    """The budget that was asked for; None if it is a file that was."""
+    try:
+        return parse_budget(wanted)
+    except MedclrError as error:
+        if Path(wanted).is_file():
+            return None
+        raise MedclrError(f"--cases: {error}; or a file with patient ids, and there is none of that name") from None
+
+
+def _roles(path: Path, listed: Mapping[str, str]) -> Cases:
+    """The cases of a table that says what each patient is for."""
+    if absent := sorted(set(listed.values()) - set(ROLES)):
+        raise MedclrError(f"{path}: split {absent[0]!r} is unknown; use train, validation and test")
+    roles = {role: tuple(sorted(p for p, its in listed.items() if its == role)) for role in ROLES}
+    if not roles["train"] or not roles["test"]:
+        raise MedclrError(f"{path}: names no patient of split {'test' if roles['train'] else 'train'}")
+    return Cases(**roles)
 
 
 def _hold_out(chosen: Mapping[str, str], seed: int, share: float | None) -> set[str]:
@@ -157,15 +219,17 @@ def _hold_out(chosen: Mapping[str, str], seed: int, share: float | None) -> set[
 def _read(path: Path) -> dict[str, str]:
     """patient -> split ('' in a bare list of ids) of a CSV with a column patient_id."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets like to write a byte order mark
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MedclrError(f"--cases {path}: cannot be read ({error})") from error
+        raise MedclrError(f"{path}: cannot be read as a table of patients ({error})") from error
     if not rows or "patient_id" not in rows[0]:
-        raise MedclrError(f"--cases {path}: needs a column patient_id, and at least one row")
+        raise MedclrError(f"{path}: needs a first line with a column patient_id, and at least one row below it")
     found: dict[str, str] = {}
-    for row in rows:
-        patient, split = row["patient_id"], row.get("split") or ""
+    for number, row in enumerate(rows, start=1):
+        patient, split = ((row.get(name) or "").strip() for name in ("patient_id", "split"))
+        if not patient:
+            raise MedclrError(f"{path}: row {number} names no patient; write its id, or remove the row")
         if found.setdefault(patient, split) != split:
             raise MedclrError(f"{path}: patient {patient} is in two splits, {found[patient]} and {split}; keep one")
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from medclr import checkpoint
 from medclr.config import EncoderConfig, nearest
-from medclr.errors import MedclrError
+from medclr.errors import MedclrError, one_line
 
 NETWORKS: dict[str, tuple[str, str]] = {
     **{f"resnet{depth}": ("resnet", "ResNetEncoder") for depth in (18, 34, 50, 101, 152)},
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def stages(self) -> list[list[nn.Module]]:
-        """All modules with weights, stage by stage from the image on: for learning rates and freezing by depth."""
+        """All modules with weights, a stage for each map of the pyramid: for learning rates and freezing by depth."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ def load_encoder(path: Path | str) -> Encoder:
         encoder.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise MedclrError(
-            f"{folder}: the tensors and encoder.json describe different networks ({error}); export the encoder again"
+            f"{folder}: the tensors and encoder.json describe different networks ({one_line(error)}); export the "
+            "encoder again"
         ) from error
     encoder.store_px = facts.get("store_px", encoder.size_px)
     encoder.seen_patients = frozenset(facts.get("patients", ()))

@@ -76,7 +76,9 @@ class EfficientNetLite0(Encoder):
         return [*maps, self.act(self._bn1(self._conv_head(x)))]
 
     def stages(self) -> list[list[nn.Module]]:
-        """Stem, then the blocks of each resolution; the head belongs to the last."""
+        """What makes each map of the pyramid: the stem belongs to the first, the head to the last."""
         ends = [0, *(level + 1 for level in LEVELS), len(self._blocks)]
-        blocks = [list(self._blocks[a:b]) for a, b in itertools.pairwise(ends)]
-        return [[self._conv_stem, self._bn0], *blocks[:-1], [*blocks[-1], self._conv_head, self._bn1]]
+        stages: list[list[nn.Module]] = [list(self._blocks[a:b]) for a, b in itertools.pairwise(ends)]
+        stages[0] = [self._conv_stem, self._bn0, *stages[0]]
+        stages[-1] += [self._conv_head, self._bn1]
+        return stages

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from medclr import checkpoint
-from medclr.errors import MedclrError
+from medclr.errors import MedclrError, one_line
 
 
 def load_first_layer(layer: nn.Module, run: Path) -> list[str]:
@@ -22,5 +22,7 @@ def load_first_layer(layer: nn.Module, run: Path) -> list[str]:
     try:
         layer.load_state_dict(tensors)
     except RuntimeError as error:
-        raise MedclrError(f"{folder}: its projection head is of another size ({error}); pretrain again") from error
+        raise MedclrError(
+            f"{folder}: its projection head is of another size ({one_line(error)}); pretrain again"
+        ) from error
     return [f"first.{name}" for name in tensors]

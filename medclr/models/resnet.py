@@ -3,6 +3,7 @@
 Source: He et al. 2015 (arXiv 1512.03385), as in SimCLR (arXiv 2002.05709, appendix B.9 for the small stem).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
@@ -74,7 +75,9 @@ class ResNetEncoder(Encoder, ResNet):
         )
         self.has_ones = config.normalise == "imagenet"
         # MONAI leaves in in_planes the channels of the last stage
-        self.describe(config, size_px, [64 * config.width, *(self.in_planes // 2**k for k in (3, 2, 1, 0))])
+        channels = [64 * config.width, *(self.in_planes // 2**k for k in (3, 2, 1, 0))]
+        # With the stem that was settled: for images of another size 'auto' might be another one.
+        self.describe(replace(config, stem=stem), size_px, channels)
         for module in self.modules():
             if isinstance(module, ResNetBlock):
                 nn.init.zeros_(module.bn2.weight)

@@ -29,20 +29,27 @@ def start_encoder(
         MedclrError: there are no such weights, they match nothing, or are of another network.
     """
     made_for = size_px or store_px
-    if init == "imagenet":
+    if init == "random":
+        pass
+    elif init == "imagenet":
         network, made_for = EncoderConfig("efficientnet-lite0", slices=network.slices), 224
     elif Path(init).is_dir():
         _, facts = checkpoint.read_encoder(checkpoint.encoder_folder(Path(init)))
-        trained = EncoderConfig(**facts["architecture"])
+        try:
+            trained, made_for = EncoderConfig(**facts["architecture"]), int(facts["size_px"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise MedclrError(f"{init}: its encoder.json describes no encoder ({error}); export it again") from error
         if trained.slices > 1 and trained.slices != network.slices:
             raise MedclrError(
                 f"{init}: its encoder sees {trained.slices} slices as channels, and {network.slices} are asked for; "
                 f"set network.slices to {trained.slices}"
             )
-        network, made_for = replace(trained, slices=network.slices), facts["size_px"]
-    elif init != "random":
+        network = replace(trained, slices=network.slices)
+    else:
         if not Path(init).is_file():
-            raise MedclrError(f"--encoder {init}: is no run folder and no file; or give random, or imagenet")
+            raise MedclrError(
+                f"{init}: is neither a run folder nor a file of weights; or start from random, or imagenet"
+            )
         name = resnet_name(read_state_dict(Path(init)), init)
         network = EncoderConfig(name, stem="imagenet", normalise="imagenet", slices=network.slices)
     with torch.random.fork_rng(devices=[]):

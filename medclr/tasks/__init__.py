@@ -31,12 +31,16 @@ class TaskModel(nn.Module):
     """Built as ``Model(config, encoder, classes)``; its tensors are what ``medclr.trained`` exports.
 
     Attributes:
-        encoder: what came pretrained; everything else in the module is new, and learns at the full rate.
+        encoder: what came pretrained; whatever is not in ``stages`` is new, and learns at the full rate.
         classes: names of the K outputs.
     """
 
     encoder: Encoder
     classes: tuple[str, ...]
+
+    def stages(self) -> list[list[nn.Module]]:
+        """What came pretrained, stage by stage from the image on: frozen, freed and slowed down by depth."""
+        return self.encoder.stages()
 
     def start_from(self, run: Path) -> list[str]:
         """Take over what a run of pretraining kept besides its encoder; names of the tensors that were filled."""
@@ -95,8 +99,8 @@ class Task:
         """What the model in eval mode says of whole scans, against their labels."""
         raise NotImplementedError
 
-    def draw(self, model: Any, outcome: Outcome, folder: Path) -> None:
-        """Pictures of an outcome; none unless the task has some."""
+    def draw(self, model: Any, outcome: Outcome, folder: Path, stamp: str = "") -> None:
+        """Pictures of an outcome, each with the ``stamp`` on it; none unless the task has some."""
 
 
 def names() -> list[str]:

@@ -33,6 +33,9 @@ from medclr.tasks import Ints
 PIECE = 64
 """Slices that go through the network at once when nothing is learnt."""
 
+MOST_WEIGHT = 20
+"""Of a class in the loss, however rare it is: more would make steps without it and with it too different."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -49,10 +52,10 @@ class Config:
     """Where the classifier sits: on the encoder, or on the first layer of the projection head (SimCLRv2)."""
 
     class_weights: Literal["balanced", "none"] = "balanced"
-    """balanced: each class counts alike in the loss, however rare."""
+    """balanced: each class counts alike in the loss, but no item more than 20 times as much as without."""
 
     multi_label: bool = False
-    """Labels are lists parted by '|', and each class is a question of its own."""
+    """Labels are lists parted by '|', and each class is a question of its own. A lone '|' says that there is none."""
 
     def __post_init__(self) -> None:
         if self.slices_per_scan < 1:
@@ -88,11 +91,19 @@ class Model(tasks.TaskModel):
         self.attention = GatedAttention(features) if config.pool == "attention" else None
         self.classifier = LinearHead(features, len(classes))
 
+        self._first_is_pretrained = False
+
     def start_from(self, run: Path) -> list[str]:
         """The first layer of the projection head from a run of pretraining; names of the tensors."""
         if self.config.layer != "projection":
             return []
+        self._first_is_pretrained = True
         return load_first_layer(self.first, run)
+
+    def stages(self) -> list[list[nn.Module]]:
+        """Those of the encoder; the first layer of the projection head, if it came with it, belongs to the last."""
+        *before, last = self.encoder.stages()
+        return [*before, [*last, self.first] if self._first_is_pretrained else last]
 
     def features(self, x: Tensor) -> Tensor:
         """Images [n,C,s,s] in [0,1] -> features [n,F]."""
@@ -101,16 +112,12 @@ class Model(tasks.TaskModel):
 
     def pooled(self, features: Tensor, scan: Tensor) -> Tensor:
         """Features [n,F] of slices, and which scan 0..m-1 each is of [n] -> features of scans [m,F]."""
-        m = int(scan.max()) + 1
-        if self.attention is None:
-            weight = features.new_ones(len(features))
-        else:
-            logits = self.attention(features).float()  # [n]
-            top = logits.new_full((m,), -torch.inf).scatter_reduce(0, scan, logits, "amax")  # [m]
-            weight = (logits - top[scan]).exp()
-        total = weight.new_zeros(m).index_add(0, scan, weight)  # [m]
-        share = (weight / total[scan])[:, None]  # [n,1]
-        return features.new_zeros(m, features.shape[1]).index_add(0, scan, (features * share).to(features.dtype))
+        with torch.autocast(features.device.type, enabled=False):  # a mean of many needs float32
+            features = features.float()
+            logits = features.new_zeros(len(features)) if self.attention is None else self.attention(features)  # [n]
+            is_of = scan == torch.arange(int(scan.max()) + 1, device=scan.device)[:, None]  # [m,n]
+            # A product, not a sum by index: that adds in another order each time on a GPU.
+            return torch.where(is_of, logits, -torch.inf).softmax(1) @ features
 
     def forward(self, x: Tensor, scan: Tensor) -> Tensor:
         """Images [n,C,s,s] in [0,1], and which scan 0..m-1 each is of [n] -> logits [m,K]."""
@@ -123,15 +130,19 @@ class Model(tasks.TaskModel):
 
     def infer(self, batch: Batch) -> Tensor:
         """Slices of whole scans -> probabilities [m,K], scans in ascending order."""
-        x = plain_view(batch, self.encoder.size_px)  # [n,C,s,s]
-        scan = batch.scan.unique(return_inverse=True)[1]  # [n], 0..m-1
-        features = torch.cat([self.features(piece) for piece in x.split(PIECE)])  # [n,F]
-        if self.config.pool != "slices":
-            return self._probabilities(self.classifier(self.pooled(features, scan)))
-        each = self._probabilities(self.classifier(features))  # [n,K]
-        sums: Tensor = each.new_zeros(int(scan.max()) + 1, each.shape[1]).index_add(0, scan, each)  # [m,K]
-        mean: Tensor = sums / scan.bincount()[:, None]
-        return mean
+        pieces = (batch.select(slice(start, start + PIECE)) for start in range(0, len(batch), PIECE))
+        return self.answer(torch.cat([self.seen(piece) for piece in pieces]), batch.scan)
+
+    def seen(self, batch: Batch) -> Tensor:
+        """Slices in physical units -> features [n,F], nothing random."""
+        return self.features(plain_view(batch, self.encoder.size_px))
+
+    def answer(self, features: Tensor, scan: Tensor) -> Tensor:
+        """Features [n,F] of the slices of whole scans, and which scan each is of [n] -> as ``infer``."""
+        row = scan.unique(return_inverse=True)[1]  # [n], 0..m-1
+        if self.config.pool == "slices":
+            return self.pooled(self._probabilities(self.classifier(features)), row)
+        return self._probabilities(self.classifier(self.pooled(features, row)))
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.float().sigmoid() if self.config.multi_label else logits.float().softmax(1)
@@ -181,14 +192,16 @@ class Task(tasks.Task):
 
     def items(self, scans: Ints) -> Sequence[Any]:
         """Scans; with pool 'slices' their slices, as (scan, index). Their classes are weighed from now on."""
-        truth = self.truth(scans).astype(float)
-        if self.config.class_weights == "balanced":
-            count = truth.sum(0)
-            odds = (len(truth) - count) / count if self.config.multi_label else len(truth) / (len(count) * count)
-            self._weight = torch.from_numpy(odds).float().clamp(0.05, 20)
+        items: list[Any] = [int(i) for i in scans]
         if self.config.pool == "slices":
-            return [(int(i), int(n)) for i in scans for n in range(self._first[i], self._first[i + 1])]
-        return [int(i) for i in scans]
+            items = [(i, n) for i in items for n in range(self._first[i], self._first[i + 1])]
+            scans = np.array([i for i, _ in items], dtype=np.int64)
+        if self.config.class_weights == "balanced":
+            truth = self.truth(scans)
+            count = np.maximum(truth.sum(0), 1)
+            odds = (len(truth) - count) / count if self.config.multi_label else len(truth) / (len(count) * count)
+            self._weight = torch.from_numpy(odds).float().clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+        return items
 
     def loss(self, model: Model, items: Sequence[Any], views: ViewsConfig, *, seed: int, step: int) -> Tensor:
         """Cross-entropy of scans, or of slices; binary, if there are several labels."""
@@ -218,14 +231,19 @@ class Task(tasks.Task):
         return chosen
 
     def judge(self, model: Model, scans: Ints) -> Outcome:
-        """Probabilities of whole scans against their labels."""
+        """Probabilities of whole scans against their labels; memory is for ``PIECE`` slices, however long a scan is."""
+        scans = np.sort(scans)
         device = next(model.parameters()).device
         parts = []
         with torch.inference_mode():
             for some in self._groups(scans):
                 indices = np.concatenate([np.arange(self._first[i], self._first[i + 1]) for i in some])
-                batch = load_batch(self.store, indices, model.encoder.config.slices).to(device)
-                parts.append(model.infer(batch).cpu().numpy().astype(np.float64))
+                features = []
+                for start in range(0, len(indices), PIECE):
+                    piece = indices[start : start + PIECE]
+                    features.append(model.seen(load_batch(self.store, piece, model.encoder.config.slices).to(device)))
+                scan = torch.from_numpy(self.store.column("scan")[indices]).to(device)
+                parts.append(model.answer(torch.cat(features), scan).cpu().numpy().astype(np.float64))
         probability = np.concatenate(parts)
         stored = [self.store.scans[int(i)] for i in scans]
         return Classified(
@@ -234,10 +252,10 @@ class Task(tasks.Task):
         )  # fmt: skip
 
     def _groups(self, scans: Ints, most: int = 256) -> list[list[int]]:
-        """Whole scans, ascending, at most so many slices at once unless one scan alone has more."""
+        """Whole scans, at most so many slices at once unless one scan alone has more."""
         groups: list[list[int]] = []
         size = most + 1
-        for i in sorted(int(i) for i in scans):
+        for i in map(int, scans):
             n = int(self._first[i + 1] - self._first[i])
             if size + n > most:
                 groups.append([])
@@ -246,10 +264,10 @@ class Task(tasks.Task):
             size += n
         return groups
 
-    def draw(self, model: Model, outcome: Outcome, folder: Path) -> None:
+    def draw(self, model: Model, outcome: Outcome, folder: Path, stamp: str = "") -> None:
         """``confusion.png``: which class is taken for which."""
         if isinstance(outcome, Classified) and not outcome.multi_label:
-            figures.confusion(folder / "confusion.png", outcome.truth, outcome.probability, outcome.classes)
+            figures.confusion(folder / "confusion.png", outcome.truth, outcome.probability, outcome.classes, stamp)
 
 
 def _parts(label: str) -> tuple[str, ...]:

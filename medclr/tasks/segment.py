@@ -230,7 +230,7 @@ class Task(BaseTask):
             np.array(hd95_mm).reshape(shape),
         )
 
-    def draw(self, model: Model, outcome: Outcome, folder: Path) -> None:
+    def draw(self, model: Model, outcome: Outcome, folder: Path, stamp: str = "") -> None:
         """``overlays.png``: the best, the median and the worst patient by mean Dice; nothing where no Dice is known."""
         if not isinstance(outcome, Segmented):
             raise TypeError(f"expected segmentations, got {outcome.kind}")
@@ -246,7 +246,7 @@ class Task(BaseTask):
             scan_id = outcome.scan_id[int((patients == ranked[rank]).argmax())]  # the patient's first
             caption = f"{word} of {len(ranked)}: Dice {known[ranked[rank]]:.3f}\n{ranked[rank]}"
             rows.append(self._overlaid(model, row_of[scan_id], caption))
-        figures_masks.overlays(folder / "overlays.png", rows, self.classes)
+        figures_masks.overlays(folder / "overlays.png", rows, self.classes, stamp)
 
     def _overlaid(self, model: Model, scan: int, caption: str) -> figures_masks.Overlaid:
         """Some slices of a scan without padding, the mask and what the model says."""
