@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
+from pydicom.valuerep import DA, TM
 
 import medclr
-from medclr.errors import ScanError
+from medclr.errors import MedclrError, ScanError
 from medclr.files import writing
 from medclr.scans.dicom import read_header, volume_of
 from medclr.scans.dicom_series import Frame
@@ -101,14 +102,16 @@ def write_seg(
                 series_description="medclr segmentation",
                 omit_empty_frames=True,
             )
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # of highdicom, on images out of order
-            raise ScanError(f"is such that no DICOM SEG can refer to it ({type(error).__name__})") from error
-        if frames[0].header.frames > 1:
-            _number_frames(seg, [frame.number + 1 for frame in frames])
-        if "FrameOfReferenceUID" not in seg:  # then it must say which way the picture is turned, or that nobody knows
-            seg.PatientOrientation = images[0].get("PatientOrientation")
-        with writing(path) as temporary:
-            seg.save_as(temporary, enforce_file_format=True)
+            if frames[0].header.frames > 1:
+                _number_frames(seg, [frame.number + 1 for frame in frames])
+            if "FrameOfReferenceUID" not in seg:  # then it must say how the picture is turned, or that nobody knows
+                seg.PatientOrientation = images[0].get("PatientOrientation")
+            with writing(path) as temporary:
+                seg.save_as(temporary, enforce_file_format=True)
+        except (MedclrError, MemoryError, OSError):
+            raise
+        except Exception as error:  # whatever highdicom makes of images out of order; its text may quote their values
+            raise ScanError(f"holds what no DICOM SEG can refer to ({type(error).__name__})") from error
 
 
 def _images(frames: Sequence[Frame]) -> list[Dataset]:
@@ -123,10 +126,8 @@ def _images(frames: Sequence[Frame]) -> list[Dataset]:
         if missing := [name for name in _NEEDED if not text(dataset, name)]:
             raise ScanError(f"records no {', '.join(missing)}, to which a DICOM SEG must refer")
         for name in _TYPE_2:
-            if name not in dataset:
+            if name not in dataset or not _is_sound(name, text(dataset, name)):
                 setattr(dataset, name, None)
-        if text(dataset, "PatientSex") not in _SEXES:
-            dataset.PatientSex = None
     first = images[0]
     if len(frames) > 1 and not (text(first, "FrameOfReferenceUID") and frames[0].header.slices):
         raise ScanError("records no Frame of Reference UID for its slices, to which a DICOM SEG must refer")
@@ -144,6 +145,16 @@ def _images(frames: Sequence[Frame]) -> list[Dataset]:
     image.SharedFunctionalGroupsSequence = Items([_groups(first, numbers[0], *shared)])
     image.PerFrameFunctionalGroupsSequence = Items([_groups(first, n, "PlanePositionSequence") for n in numbers])
     return [image]
+
+
+def _is_sound(name: str, value: str) -> bool:
+    """Whether a value can be repeated: what is malformed is left out, as it may be by PS3.5 7.4.3 (type 2)."""
+    if name.endswith(("Date", "Time")):
+        try:
+            (DA if name.endswith("Date") else TM)(value)
+        except ValueError:
+            return False
+    return name != "PatientSex" or value in _SEXES
 
 
 def _groups(dataset: Dataset, frame: int, *names: str) -> Dataset:
