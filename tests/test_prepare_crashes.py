@@ -82,13 +82,37 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
-def test_a_killed_worker_is_one_sentence(tmp_path):
-    manifest = mixed_cohort(tmp_path)
-    process = start(tmp_path, f"{ON_THE_LAST} os.kill(os.getpid(), signal.SIGKILL)", manifest, tmp_path / "store")
-    _, said = process.communicate(timeout=60)
+@pytest.mark.usefixtures("small_shards")
+def test_a_worker_that_is_killed_once_is_one_sentence(tmp_path):
+    """As when memory runs out with many side by side: the scan itself can be decoded."""
+    manifest, out, once = mixed_cohort(tmp_path), tmp_path / "store", tmp_path / "once"
+    kill = f"(Path({str(once)!r}).touch(), os.kill(os.getpid(), signal.SIGKILL))"
+    action = f"{ON_THE_LAST} Path({str(once)!r}).exists() or {kill}"
+    process = start(tmp_path, action, manifest, out)
+    _, said = process.communicate(timeout=100)
     assert process.returncode == 1
     assert said.strip().startswith("MedclrError: a worker process was killed, most likely because memory ran out")
     wait_for(lambda: group_is_gone(process.pid))
+    prepare(manifest, out, size_px=32)
+    prepare(manifest, tmp_path / "plain", size_px=32)
+    assert contents(out) == contents(tmp_path / "plain")
+
+
+def test_a_scan_that_kills_whoever_decodes_it_is_rejected_and_the_rest_goes_on(tmp_path):
+    manifest = mixed_cohort(tmp_path)
+    stores = []
+    for workers, runs in ((2, [0]), (1, [-signal.SIGSEGV, 0])):  # a single process dies of it, and knows it afterwards
+        out = tmp_path / f"store{workers}"
+        for status in runs:
+            process = start(tmp_path, f"{ON_THE_LAST} os.kill(os.getpid(), signal.SIGSEGV)", manifest, out, workers)
+            _, said = process.communicate(timeout=100)
+            assert process.returncode == status, said
+        assert verify(out)
+        stores.append(contents(out))
+    rejected = (tmp_path / "store2" / "rejected.csv").read_text().splitlines()
+    assert "xr3.png,ends the process that decodes it (SIGSEGV); it was tried twice" in rejected
+    assert Store(tmp_path / "store2").info.n_scans == 9
+    assert stores[0] == stores[1]
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill -9"])

@@ -16,10 +16,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ import medclr
 from medclr import files
 from medclr.data import store as stores
 from medclr.data import tables
-from medclr.data.manifest import Manifest, read_manifest
-from medclr.data.shard import Part, Shard, write_shard
+from medclr.data.manifest import Manifest, ScanRow, SourceFiles, read_manifest
+from medclr.data.shard import Part, Shard, rehearse, take_notes, write_shard
 from medclr.data.store import UNFINISHED, FileInfo, Store, StoreInfo
 from medclr.errors import MedclrError
 from medclr.progress import progress
@@ -123,13 +123,15 @@ def prepare(
         missing = [shard for shard in shards if shard.number not in parts]
         _check_sources(table, missing)
         _check_space(out, missing, size_px)
+        writer = _Writer(out, size_px, keep_blank, workers)
+        writer.try_alone(missing)  # what an earlier run may have died of
         done = sum(n_slices[number] for number in parts)
         files.write_text(out / UNFINISHED, "\n".join([json.dumps(claim), *map(_part_line, parts.values()), ""]))
         with (
             files.mendable(out / UNFINISHED),
             (out / UNFINISHED).open("a", encoding="utf-8") as journal,
             progress("preparing", sum(n_slices), "slices", done) as advance,
-            contextlib.closing(_write_shards(missing, out, (size_px, keep_blank), workers)) as written,
+            contextlib.closing(writer.write(missing)) as written,
         ):
             for part in written:
                 print(_part_line(part), file=journal, flush=True)
@@ -158,29 +160,95 @@ def plan(manifest: Manifest, size_px: int) -> list[Shard]:
 # All shards, side by side
 
 
-def _write_shards(shards: Sequence[Shard], out: Path, settings: tuple[int, bool], workers: int) -> Generator[Part]:
-    """Yield each part as its shard is written; on an error or Ctrl-C all workers leave, with nothing half-written."""
-    if workers == 1:
-        for shard in shards:
-            yield write_shard(shard, out, *settings)
-        return
-    # Spawn: a forked child would inherit locks held by the caller's threads (torch, Arrow, the progress bar).
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(min(workers, max(len(shards), 1)), context, _start_worker, (stop,)) as pool:
-        try:
+@dataclass
+class _Writer:
+    """What all shards have in common."""
+
+    out: Path
+    size_px: int
+    keep_blank: bool
+    workers: int
+    refused: dict[str, str] = field(default_factory=dict)
+    """Scans that end the process that decodes them, and how."""
+
+    def write(self, shards: Sequence[Shard]) -> Generator[Part]:
+        """Yield each part as its shard is written; on an error or Ctrl-C all workers leave, with nothing half-written.
+
+        If a worker dies, what was being read is tried alone: a scan that again ends its process is refused, and the
+        rest goes on.
+        """
+        if self.workers == 1:
+            for shard in shards:
+                yield write_shard(shard, self.out, self.size_px, self.keep_blank, self.refused)
+            return
+        waiting = {shard.number: shard for shard in shards}
+        while waiting:
+            try:
+                with contextlib.closing(self._side_by_side(list(waiting.values()))) as written:
+                    for part in written:
+                        del waiting[part.shard]
+                        yield part
+            except BrokenProcessPool as error:
+                if not self.try_alone(list(waiting.values())):
+                    raise MedclrError(
+                        "a worker process was killed, most likely because memory ran out; run the same command again"
+                        " with fewer --workers to go on"
+                    ) from error
+
+    def _side_by_side(self, shards: Sequence[Shard]) -> Generator[Part]:
+        # Spawn: a forked child would inherit locks held by the caller's threads (torch, Arrow, the progress bar).
+        context = multiprocessing.get_context("spawn")
+        stop = context.Event()
+        settings = self.out, self.size_px, self.keep_blank, self.refused
+        with ProcessPoolExecutor(min(self.workers, len(shards)), context, _start_worker, (stop,)) as pool:
+            try:
+                with _deaf_to_ctrl_c():
+                    futures = [pool.submit(_work, shard, *settings) for shard in shards]
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def try_alone(self, shards: Sequence[Shard]) -> bool:
+        """Decode what processes were reading when they died, one scan after the other, in a process that does nothing
+        else; whether any ended that too, and is now ``refused``."""
+        noted = take_notes(self.out)
+        suspects = [scan for shard in shards for scan in shard.scans if scan[0].scan_id in noted]
+        context = multiprocessing.get_context("spawn")
+        before = len(self.refused)
+        while suspects:
+            current = context.Value("i", -1, lock=False)
+            process = context.Process(target=_try, args=(suspects, self.size_px, current), daemon=True)
             with _deaf_to_ctrl_c():
-                futures = [pool.submit(_work, shard, out, *settings) for shard in shards]
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise MedclrError(
-                "a worker process was killed, most likely because memory ran out; run the same command again with fewer"
-                " --workers to go on"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+                process.start()
+            try:
+                process.join()
+            finally:
+                process.kill()
+            if not process.exitcode or current.value < 0:  # all survived, or it could not even begin
+                break
+            row, _ = suspects[current.value]
+            self.refused[row.scan_id] = (
+                f"ends the process that decodes it ({_ending(process.exitcode)}); it was tried twice"
+            )
+            suspects = suspects[current.value + 1 :]
+        return len(self.refused) > before
+
+
+def _ending(code: int) -> str:
+    """What an exit status means."""
+    if code > 0:
+        return f"status {code}"
+    number = signal.Signals(-code)
+    return number.name + (", as when memory runs out" if number == signal.SIGKILL else "")
+
+
+def _try(suspects: Sequence[tuple[ScanRow, SourceFiles]], size_px: int, current: Any) -> None:
+    """Decode scans; ``current`` says which one, counted from 0."""
+    for number, (row, source) in enumerate(suspects):
+        current.value = number
+        rehearse(row, source, size_px)
 
 
 @contextlib.contextmanager
@@ -210,8 +278,8 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _work(shard: Shard, out: Path, size_px: int, keep_blank: bool) -> Part:
-    return write_shard(shard, out, size_px, keep_blank, _stop.is_set)
+def _work(shard: Shard, out: Path, size_px: int, keep_blank: bool, refused: Mapping[str, str]) -> Part:
+    return write_shard(shard, out, size_px, keep_blank, refused, _stop.is_set)
 
 
 # Before and after

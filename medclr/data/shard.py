@@ -1,7 +1,8 @@
 """One shard of a slice store: its scans decoded, its files written, and what is to be said of them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -17,6 +18,9 @@ from medclr.data.store import FileInfo
 from medclr.data.tables import StoredScan
 from medclr.errors import MedclrError, ScanError
 from medclr.scans.scan import Scan
+
+NOTE = ".reading."
+"""How the name of a note begins; the number of the process follows."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +79,21 @@ def decode(row: ScanRow, source: SourceFiles) -> tuple[Scan, NDArray[np.uint16] 
 
 
 def write_shard(
-    shard: Shard, out: Path, size_px: int, keep_blank: bool = False, stopped: Callable[[], bool] = lambda: False
+    shard: Shard,
+    out: Path,
+    size_px: int,
+    keep_blank: bool = False,
+    refused: Mapping[str, str] = {},
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Part:
     """Decode the scans of a shard, and write its slices and its masks.
 
     Args:
         shard: what to decode.
-        out: folder of the store.
+        out: folder of the store; a note there says which scan is being read, should the process die of it.
         size_px: S.
         keep_blank: whether slices that show nothing are written as well.
+        refused: scans that are not read, and why.
         stopped: asked before each scan whether to leave.
 
     Raises:
@@ -95,13 +105,17 @@ def write_shard(
     written: dict[str, FileInfo] = {}
     n_slices, has_masks = 0, shard.masks
     with contextlib.ExitStack() as stack:
+        note = stack.enter_context(_noting(out))
         slices = stack.enter_context(_npy(out / stores.slices_name(shard.number), size_px, written))
         if has_masks:
             masks = stack.enter_context(_npy(out / stores.masks_name(shard.number), size_px, written))
         for row, source in shard.scans:
             if stopped():
                 raise Stopped
+            note(row.scan_id)
             try:
+                if row.scan_id in refused:
+                    raise ScanError(refused[row.scan_id])
                 scan, mask = decode(row, source)
                 encoding = encoding_of(scan, size_px)
                 kept = np.arange(len(scan.voxels)) if keep_blank else seen_slices(scan, mask, encoding)  # [n]
@@ -124,6 +138,37 @@ def write_shard(
             scans.append(stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices))
             n_slices += len(kept)
     return Part(shard.number, scans, rejected, written)
+
+
+def rehearse(row: ScanRow, source: SourceFiles, size_px: int) -> None:
+    """Decode a scan, to see whether that ends the process; whatever else is wrong with it, ``write_shard`` will say."""
+    with contextlib.suppress(Exception):
+        scan, _ = decode(row, source)
+        encoding_of(scan, size_px)
+
+
+@contextlib.contextmanager
+def _noting(out: Path) -> Iterator[Callable[[str], None]]:
+    """Yield a function that notes, in a file of this process, which scan is being read; no file is left if it lives."""
+    path = out / f"{NOTE}{os.getpid()}.tmp"
+
+    def note(scan_id: str) -> None:
+        with files.mendable(path):
+            path.write_text(scan_id, encoding="utf-8")  # not flushed to the disk: it need not outlive the machine
+
+    try:
+        yield note
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def take_notes(out: Path) -> set[str]:
+    """The scans that processes were reading when they died; their notes are removed."""
+    found = set()
+    for path in out.glob(f"{NOTE}*.tmp"):
+        found.add(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return found
 
 
 def seen_slices(scan: Scan, mask: NDArray[np.uint16] | None, encoding: Encoding) -> NDArray[np.int64]:
