@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-pacs install-orthanc zoo fuzz lint clean
+.PHONY: demo test test-slow test-pacs install-orthanc zoo fuzz notebooks lint clean
 
 demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four minutes, pictures in demo/
 	rm -rf demo
@@ -35,6 +35,9 @@ N := 5000
 SEED := 0
 fuzz: $(STAMP)  ## N damaged files through the readers: each gives a scan or a reason
 	$(BIN)/python -m tests.fuzz --n $(N) --seed $(SEED)
+
+notebooks: $(STAMP)  ## run notebooks/src/*.py and write them as notebooks with their pictures: about ten minutes
+	$(BIN)/python notebooks/build.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -23,11 +25,12 @@ from medclr.data.shown import shown
 from medclr.data.store import Store
 from medclr.errors import MedclrError
 from medclr.figures import COLOURS, INK, plain_axes
+from medclr.figures_masks import COLOURS as LIGHT
 from medclr.files import writing
 
 Indices = NDArray[np.int64]
 
-RED = "#d1262f"
+RED, REST = "#d1262f", "#c9d1d9"
 
 DPI = 80
 """Small enough that a notebook with a dozen pictures stays below a megabyte."""
@@ -64,6 +67,20 @@ class Neighbours:
     """[q,k]."""
     cosine: NDArray[np.float32]
     """[q,k], 1: the same direction."""
+
+
+def read_picture(path: Path | str, *, width_px: int = 900) -> Picture:
+    """A picture that medclr wrote, such as the curves of a run, shrunk to at most ``width_px``.
+
+    Raises:
+        MedclrError: there is no such picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((width_px, 10 * width_px))
+            return Picture(_small(image))
+    except OSError as error:
+        raise MedclrError(f"{path}: cannot be read as a picture ({error})") from error
 
 
 def find_neighbours(
@@ -113,6 +130,27 @@ def slices(store: Store, indices: ArrayLike, captions: Sequence[str] = (), *, co
     """
     indices = np.asarray(indices, dtype=np.int64)
     return _tiles(list(shown(store, indices)), list(captions) or [caption(store, i) for i in indices], columns)
+
+
+def overlays(store: Store, indices: ArrayLike, *, names: Mapping[int, str] | None = None, columns: int = 6) -> Picture:
+    """Slices with their masks as areas in light colours.
+
+    Args:
+        store: where they lie.
+        indices: [n].
+        names: value of a mask -> name of its class; other values are called by their number.
+        columns: slices a line.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    masks = store.masks(indices)  # [n,S,S]
+    values = np.unique(masks[masks > 0]).tolist()
+    colours = {value: LIGHT[i % len(LIGHT)] for i, value in enumerate(values)}
+    pictures = np.repeat(shown(store, indices)[..., None], 3, -1)  # [n,S,S,3]
+    for value, colour in colours.items():
+        here = masks == value
+        pictures[here] = 0.45 * pictures[here] + 0.55 * np.array(to_rgb(colour), dtype=np.float32)
+    legend = {(names or {}).get(value, str(value)): colour for value, colour in colours.items()}
+    return _tiles(list(pictures), [caption(store, i) for i in indices], columns, legend=legend)
 
 
 def views(store: Store, indices: ArrayLike, config: ViewsConfig, *, n: int = 5, seed: int = 0) -> Picture:
@@ -174,7 +212,7 @@ def maps(points: NDArray[np.floating[Any]], colours: Mapping[str, Sequence[str]]
         values = np.array([str(value) for value in given], dtype=object)[kept]
         names, counts = np.unique(values.astype(str), return_counts=True)
         named = names[np.lexsort((names, -counts))][: len(COLOURS)].tolist()
-        groups = [*zip(COLOURS, named, strict=False), *([("#c9d1d9", "other")] if len(names) > len(COLOURS) else [])]
+        groups = [*zip(COLOURS, named, strict=False), *([(REST, "other")] if len(names) > len(COLOURS) else [])]
         for colour, name in reversed(groups):  # the rest lies below
             here = points[~np.isin(values, named) if name == "other" and name not in named else values == name]
             label = f"{name or 'not recorded'} ({len(here)})"
@@ -274,8 +312,9 @@ def _tiles(
     *,
     caption_lines: int = 2,
     red: Sequence[bool] = (),
+    legend: Mapping[str, str] | None = None,
 ) -> Picture:
-    """Pictures [H,W] in [0,1], ``columns`` a line, each with its caption below."""
+    """Pictures [H,W] or [H,W,3] in [0,1], ``columns`` a line, each with its caption below."""
     tile, gap, words = 1.7, 0.1, 0.12 + 0.13 * caption_lines  # inches
     columns = min(columns, len(pictures))
     lines = -(-len(pictures) // columns)
@@ -290,15 +329,22 @@ def _tiles(
         wrapped = "\n".join(textwrap.fill(line, 28) for line in text.splitlines())
         axis.text(0, -0.03, wrapped, transform=axis.transAxes, ha="left", va="top", fontsize=7,
                   color=RED if red and red[i] else INK)  # fmt: skip
+    if legend:
+        handles = [Patch(color=colour, label=name) for name, colour in legend.items()]
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=6, fontsize=8, frameon=False)
     return _picture(figure)
 
 
 def _picture(figure: Figure) -> Picture:
     FigureCanvasAgg(figure)
-    drawn, small = io.BytesIO(), io.BytesIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI, facecolor="white", bbox_inches="tight")
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(COLOURS_IN_PNG, Image.Quantize.MAXCOVERAGE).save(
-            small, format="png", optimize=True
-        )
-    return Picture(small.getvalue())
+        return Picture(_small(image))
+
+
+def _small(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    few = image.convert("RGB").quantize(COLOURS_IN_PNG, Image.Quantize.MAXCOVERAGE)
+    few.save(content, format="png", optimize=True)
+    return content.getvalue()
