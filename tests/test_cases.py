@@ -185,7 +185,7 @@ def test_a_patient_in_two_splits_of_the_manifest_is_refused() -> None:
 
 def test_cases_never_share_a_patient() -> None:
     for roles in ((("x",), ("x",), ()), (("x",), (), ("x",)), ((), ("x",), ("x",))):
-        with pytest.raises(MedclrError, match="patient x is a .* and a .* case"):
+        with pytest.raises(MedclrError, match=r"patient x is a .* and a .* case"):
             Cases(*roles)
 
 
