@@ -239,7 +239,7 @@ class Task(BaseTask):
         ranked = sorted((p for p in known if not np.isnan(known[p])), key=lambda p: -known[p])
         if not ranked:
             return
-        chosen = {0: "best", len(ranked) // 2: "median", len(ranked) - 1: "worst"}
+        chosen = {len(ranked) // 2: "median", len(ranked) - 1: "worst", 0: "best"}  # the best, where one is all
         row_of = {scan.scan_id: i for i, scan in enumerate(self.store.scans)}
         rows = []
         for rank, word in sorted(chosen.items()):
