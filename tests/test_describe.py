@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import medclr
-from medclr.data.cohort import _kinds, read_cohort, warnings
+from medclr.data.cohort import read_cohort, warnings
+from medclr.data.kinds import kinds
 from medclr.data.manifest import FileRow, Rejected, ScanRow, write_manifest
 from medclr.errors import MedclrError
 from tests.cohort import mixed_cohort, save_manifest
@@ -179,7 +180,7 @@ def test_one_scan_and_very_many_are_drawn_quickly(tmp_path):
     ],
 )
 def test_reasons_are_told_without_what_is_particular(reason, kind):
-    assert list(_kinds([(reason, 1)])) == [kind]
+    assert list(kinds([(reason, 1)])) == [kind]
 
 
 @pytest.mark.parametrize("name", ["nothing.csv", "notes.txt", "folder"])

@@ -5,9 +5,7 @@ to the verbs that go on from there.
 """
 
 import csv
-import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
+from medclr.data.kinds import kinds
 from medclr.data.manifest import read_rejected, rejected_path
 from medclr.data.store import Store
 from medclr.errors import MedclrError
@@ -63,7 +62,7 @@ class Cohort:
     def irregular(self) -> Counter[str]:
         """Kind, with N for every number -> scans."""
         texts = pc.value_counts(self.scans["irregular"]).to_pylist()
-        return _kinds((part, row["counts"]) for row in texts for part in row["values"].split("; ") if part)
+        return kinds((part, row["counts"]) for row in texts for part in row["values"].split("; ") if part)
 
     def shared(self, column: str) -> int:
         """Scans whose bytes also stand in a scan that differs in this column."""
@@ -84,7 +83,7 @@ def read_cohort(path: Path) -> Cohort:
     if path.suffix != ".csv":
         raise MedclrError(f"{path}: is neither a manifest (NAME.csv) nor the folder of a store")
     scans = _columns(path, (*TEXTS, "n_slices", "rows", "columns", *SPACINGS))
-    reasons = _kinds((row.reason, 1) for row in read_rejected(path)) if rejected_path(path).exists() else Counter()
+    reasons = kinds((row.reason, 1) for row in read_rejected(path)) if rejected_path(path).exists() else Counter()
     return Cohort(path.name, scans, reasons)
 
 
@@ -117,7 +116,7 @@ def _store_scans(store: Store) -> pa.Table:
 
 def _store_rejected(path: Path) -> Counter[str]:
     with (path / "rejected.csv").open(encoding="utf-8", newline="") as file:
-        return _kinds((row["reason"], 1) for row in csv.DictReader(file))
+        return kinds((row["reason"], 1) for row in csv.DictReader(file))
 
 
 def _copies(path: Path) -> Counter[str]:
@@ -128,19 +127,6 @@ def _copies(path: Path) -> Counter[str]:
             for row in csv.DictReader(file):
                 counts[row["kind"]] += 1
                 counts["patients"] += row["same_patient"] == "no"
-    return counts
-
-
-_PARTICULAR = re.compile(r"'[^']*'|(?<=copy of )\S+|(?<![^\s(),;])(?!--)[^\s(),;]+\.[A-Za-z]\w*|\bf-[0-9a-f]{8,}")
-"""A value that was found, or the name of a file: no part of the kind, and not for a page that may be passed on."""
-
-
-def _kinds(texts: Iterable[tuple[str, int]]) -> Counter[str]:
-    """(text, how often) -> kinds, which differ in more than in numbers and names."""
-    counts: Counter[str] = Counter()
-    for text, count in texts:
-        kind = _PARTICULAR.sub("…", text)
-        counts[re.sub(r"(?<!\w)\d+(?:[.,]\d+)*", "N", kind.removeprefix("…: "))] += count
     return counts
 
 

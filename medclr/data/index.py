@@ -11,13 +11,14 @@ import gc
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from medclr import files
 from medclr.config import differences
 from medclr.data.annotations import Label, Mask, Names, labels_by_file, masks_by_scan, read_labels, read_masks
+from medclr.data.kinds import kinds
 from medclr.data.manifest import (
     FileRow,
     Manifest,
@@ -60,11 +61,11 @@ class IndexSummary:
     slices: int
     added: int
     """Scans that were not in it before."""
-    irregular: dict[str, int]
-    """Scans that are not plain: in what -> how many, the commonest first; numbers are left out of the words."""
+    irregular: Counter[str]
+    """Scans that are not plain: in what (``medclr.data.kinds``) -> how many, the commonest first."""
     rejected: int
     """Files that could not be used."""
-    reasons: dict[str, int]
+    reasons: Counter[str]
     """Why -> how many, as ``irregular``."""
     shared_copies: int
     """Scans whose bytes also stand under another patient."""
@@ -93,12 +94,6 @@ def _count(number: int, noun: str) -> str:
 def _listed(counts: Mapping[str, int]) -> str:
     lines = [f"\n  {count:,}: {what}" for what, count in counts.items()]
     return "".join(lines[:MOST]) + (f"\n  and {len(lines) - MOST} other reasons" if len(lines) > MOST else "")
-
-
-def _counted(texts: Iterable[str]) -> dict[str, int]:
-    """Equal texts, whatever numbers are in them, the commonest first."""
-    counts = Counter(re.sub(r"(?<!\w)\d[\d.,]*(?<=\d)", "…", text) for text in texts)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def index(
@@ -446,8 +441,8 @@ def _summary(manifest: Manifest, old: Manifest | None, rejected: Sequence[Reject
         patients=len({row.patient_id for row in manifest.rows}),
         slices=sum(row.n_slices for row in manifest.rows),
         added=sum(row.scan_id not in before for row in manifest.rows),
-        irregular=_counted(kind for row in manifest.rows if row.irregular for kind in row.irregular.split("; ")),
+        irregular=kinds((text, 1) for row in manifest.rows if row.irregular for text in row.irregular.split("; ")),
         rejected=len(rejected),
-        reasons=_counted(r.reason for r in rejected),
+        reasons=kinds((r.reason, 1) for r in rejected),
         shared_copies=sum(len(owners[row.sha256]) > 1 for row in manifest.rows),
     )
