@@ -220,9 +220,6 @@ HARMLESS = {"title", "reference", "jobs", "resamples", "keep_models"}
 GROWING = {"protocols", "budgets", "seeds"}
 """Settings to which something may be added."""
 
-WRITTEN = {"config.yaml", "cells", "features", "figures", "logs", "results.csv", "report.html", files.LOCK_NAME}
-"""All that a comparison writes."""
-
 
 def found(config: CompareConfig) -> dict[str, dict[str, str]]:
     """Init -> hashes of its weights and of its store's manifest: what must not change under the same names."""
@@ -247,8 +244,8 @@ def open_comparison(out: Path, config: CompareConfig) -> None:
     resolved: dict[str, Any] = {**to_plain(config), "found": found(config)}
     resolved["budgets"] = [str(budget) for budget in config.budgets]
     existing = out / "config.yaml"
-    if existing.exists():
-        was = read_yaml(existing)
+    was = read_yaml(existing) if existing.exists() else {}
+    if {"inits", "found"} <= was.keys():
         now = {**resolved}
         for part in ("inits", "found"):  # whatever is new cannot contradict
             now[part] = {name: value for name, value in now[part].items() if name in was[part]}
@@ -263,6 +260,6 @@ def open_comparison(out: Path, config: CompareConfig) -> None:
                 f"{out}: holds a comparison with other settings ({told}); inits, budgets and seeds can be added, for "
                 "anything else choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(p.name != files.LOCK_NAME for p in out.iterdir())):
+    elif was or (out.exists() and (not out.is_dir() or any(p.name != files.LOCK_NAME for p in out.iterdir()))):
         raise MedclrError(f"{out}: exists and is not a comparison of medclr; choose another --out")
     files.write_text(existing, to_yaml(resolved))

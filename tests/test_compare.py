@@ -266,11 +266,12 @@ def test_a_store_that_was_made_anew_is_another_comparison(copied: tuple[CompareC
         run_comparison(plan, out, run=fake_cell)
 
 
-def test_a_folder_of_something_else_is_left_alone(image_store: Path, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("Dear")
+@pytest.mark.parametrize("name", ["letter.txt", "config.yaml"])
+def test_a_folder_of_something_else_is_left_alone(image_store: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("task: classify\n")
     with pytest.raises(MedclrError, match="is not a comparison"):
         run_comparison(a_plan(image_store), tmp_path, run=fake_cell)
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["task: classify\n"]
 
 
 def test_a_stop_leaves_what_is_done_and_says_how_to_go_on(image_store: Path, tmp_path: Path, no_pictures: None) -> None:
