@@ -107,8 +107,9 @@ def scatter_figure(results: Results, protocol: str, budgets: Sequence[str]) -> F
     plan = results.plan
     others = [name for name in plan.inits if name != plan.referred]
     side = 2.7
-    figure = Figure(figsize=(side * len(others) + 0.3, (side + 0.15) * len(budgets) + 0.5), layout="constrained")
-    axes = plain_axes(figure, len(budgets), len(others))
+    lines, columns = (len(budgets), len(others)) if len(others) > 1 else (1, len(budgets))
+    figure = Figure(figsize=(side * columns + 0.3, (side + 0.15) * lines + 0.5), layout="constrained")
+    axes = plain_axes(figure, lines, columns)
     number = {row.budget: row.patients for row in results.of(protocol, results.metrics[0])}
     groups: dict[str, str] = {}
     for place, axis in enumerate(axes):
@@ -119,16 +120,18 @@ def scatter_figure(results: Results, protocol: str, budgets: Sequence[str]) -> F
             zip(sorted(set(groups.values())), (COLOURS[5], COLOURS[6], COLOURS[4], COLOURS[3]) * 9, strict=False)
         )
         patients = sorted(across)
+        size = float(np.clip(1500 / len(patients), 8, 30))
         x, y = np.array([across[p] for p in patients]), np.array([up[p] for p in patients])
         axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1)
         for group, its in palette.items():
             here = np.array([groups[p] == group for p in patients])
-            axis.scatter(x[here], y[here], s=11, color=its, alpha=0.55, linewidths=0, label=group or "test patients")
+            axis.scatter(x[here], y[here], s=size, color=its, alpha=0.55, linewidths=0, label=group or "test patients")
         above, below = int((y > x).sum()), int((y < x).sum())
         axis.set_title(f"{number[budget]} labelled: {above} above, {below} below", fontsize=8.5, color=INK, loc="left")
-        both = np.concatenate([x, y])
-        low = max(0.0, float(np.nanmin(both)) - 0.03) if np.isfinite(both).any() else 0.0
-        axis.set(xlim=(low, 1.02), ylim=(low, 1.02), aspect="equal")
+        known = np.append(x, y)[np.isfinite(np.append(x, y))]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+        room = max(0.05 * (high - low), 0.03)
+        axis.set(xlim=(low - room, high + room), ylim=(low - room, high + room), aspect="equal")
         axis.set_ylabel(textwrap.fill(name, 26), fontsize=8.5, color=INK)
         axis.set_xlabel(plan.referred, fontsize=8.5, color=INK)
     if any(groups.values()):

@@ -1,6 +1,5 @@
 """The report of a comparison: one page that holds its pictures, and under each what it shows and what it does not."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from medclr.compare_figures import (
     scatter_figure,
 )
 from medclr.compare_results import NAMES, Results, Row, in_words, many_or_few, per_patient, verdicts
-from medclr.config import to_plain, to_yaml
+from medclr.config import to_plain
 from medclr.figures import save
 from medclr.outcomes import Classified
 from medclr.progress import duration
@@ -24,6 +23,9 @@ from medclr.report import Cell, Page
 
 FEW_SEEDS = 5
 """Fewer are for orientation."""
+
+FEW_PATIENTS = 30
+"""A bootstrap of fewer is too sure of itself."""
 
 
 def write_report(results: Results, out: Path) -> None:
@@ -84,6 +86,8 @@ class _Report:
             found.append(
                 f"For orientation only: {few} little of how much chance there is in which patients are labelled."
             )
+        if self.patients < FEW_PATIENTS:
+            found.append(f"Only {self.patients} test patients: intervals from so few are too narrow, and unsteady.")
         return found
 
     def _draw(self, name: str, figure: Figure, caption: str) -> None:
@@ -104,7 +108,7 @@ class _Report:
 
     def _curves(self) -> None:
         results = self.results
-        self.page.section(f"{self.metric} with few labelled patients")
+        self.page.section(f"{self.metric[0].upper()}{self.metric[1:]} with few labelled patients")
         told = []
         for protocol in results.protocols:
             for budget in self._ends(protocol):
@@ -141,7 +145,7 @@ class _Report:
         self._draw("difference", difference_figure(results), " ".join([how, *told]))
         rows: list[list[Cell]] = []
         for row in (r for protocol in results.protocols for r in results.of(protocol, self.metric) if r.reference):
-            rows.append([row.protocol, row.patients, row.init, _signed(row.difference),
+            rows.append([NAMES[row.protocol], row.patients, row.init, _signed(row.difference),
                          _between(row.difference_low, row.difference_high),
                          _between(row.difference_cautious_low, row.difference_cautious_high),
                          "yes" if row.is_decided else "not supported"])  # fmt: skip
@@ -166,12 +170,14 @@ class _Report:
             smallest, largest = min(number.values()), max(number.values())
             for init in self.others:
                 cells = [many_or_few(results.equivalents[protocol, init, b], largest, smallest) for b in number]
-                rows.extend([protocol, init, number[b], cell] for b, cell in zip(number, cells, strict=True))
+                rows.append([NAMES[protocol], init, *cells])
         caption = (
-            f"Labelled patients that {reference} needs, and a 95 % interval over test patients. Its mean curve is made "
-            "to rise and is read between budgets on a logarithmic scale; outside the budgets nothing is claimed."
+            f"Across: labelled patients of each init. Below: how many {reference} needs to score the same, and a 95 % "
+            f"interval over test patients. The mean curve of {reference} is made to rise, and read between budgets on "
+            "a logarithmic scale; outside the budgets nothing is claimed."
         )
-        self.page.table(["protocol", "init", "labelled patients", f"{reference} needs"], rows, self._stamped(caption))
+        header = ["protocol", "init", *(f"with {n}" for n in self._number(results.protocols[0]).values())]
+        self.page.table(header, rows, self._stamped(caption))
 
     def _scatter(self) -> None:
         results, reference = self.results, self.plan.referred
@@ -279,16 +285,17 @@ class _Report:
         self.page.section("Run time")
         rows: list[list[Cell]] = []
         for protocol in results.protocols:
-            number = self._number(protocol)
             for init in self.plan.inits:
-                took = [results.seconds[protocol, init, budget] for budget in number]
-                cells: Sequence[Cell] = [duration(float(np.median(each))) for each in took]
-                rows.extend([protocol, init, number[b], cell, duration(sum(each))]
-                            for b, cell, each in zip(number, cells, took, strict=True))  # fmt: skip
+                took = [results.seconds[protocol, init, budget] for budget in self._number(protocol)]
+                medians = [duration(float(np.median(each))) for each in took]
+                rows.append([NAMES[protocol], init, *medians, duration(sum(map(sum, took)))])
         total = sum(sum(each) for each in results.seconds.values())
         jobs = f", {self.plan.jobs} at a time" if self.plan.jobs > 1 else ""
-        caption = f"{duration(total)} in all{jobs}. The features of the probe, made once for each init, do not count."
-        header = ["protocol", "init", "labelled patients", "a cell (median)", "all seeds"]
+        caption = (
+            f"Median of a cell, by labelled patients; {duration(total)} in all{jobs}. The features of the probe, made "
+            "once for each init, do not count."
+        )
+        header = ["protocol", "init", *(f"with {n}" for n in self._number(results.protocols[0]).values()), "all cells"]
         self.page.table(header, rows, self._stamped(caption))
 
     def _method(self) -> None:
@@ -314,7 +321,7 @@ class _Report:
 
 
 def _score_cells(row: Row) -> list[Cell]:
-    return [row.protocol, row.patients, row.init, f"{row.mean:.3f}", "" if row.sd != row.sd else f"{row.sd:.3f}",
+    return [NAMES[row.protocol], row.patients, row.init, f"{row.mean:.3f}", "" if row.sd != row.sd else f"{row.sd:.3f}",
             _between(row.low, row.high, ""), _between(row.cautious_low, row.cautious_high, "")]  # fmt: skip
 
 
@@ -327,4 +334,9 @@ def _between(low: float, high: float, sign: str = "+") -> str:
 
 
 def _plain(value: object) -> str:
-    return " ".join(to_yaml({"x": value}).removeprefix("x:").split())
+    """A setting as people write it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return {"None": "none", "": "none", "True": "yes", "False": "no"}.get(str(value), str(value))

@@ -325,14 +325,16 @@ def in_words(rows: Sequence[Row]) -> str:
 
 
 def many_or_few(found: Equivalence, largest: int, smallest: int) -> str:
-    """``34 (22 to more than 200)``."""
+    """``34 (22 to > 200)``, or ``more than 200``: nothing is claimed beyond the budgets."""
 
-    def number(value: float) -> str:
+    def number(value: float, less: str, more: str) -> str:
         if math.isnan(value):
             return "unknown"
         if math.isinf(value):
-            return f"more than {largest}"
-        return f"at most {smallest}" if value <= smallest else f"{value:.0f}"
+            return f"{more} {largest}"
+        return f"{less} {smallest}" if value <= smallest else f"{value:.0f}"
 
-    point, low, high = (number(value) for value in (found.patients, found.low, found.high))
-    return point if point == low == high else f"{point} ({low} to {high})"
+    point = number(found.patients, "at most", "more than")
+    if found.low == found.patients == found.high:
+        return point
+    return f"{point} ({number(found.low, '≤', '>')} to {number(found.high, '≤', '>')})"

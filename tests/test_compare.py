@@ -518,9 +518,9 @@ def test_a_verdict_names_what_other_seeds_could_overturn() -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Equivalence(34.4, 22.2, float("inf")), "34 (22 to more than 200)"),
+        (Equivalence(34.4, 22.2, float("inf")), "34 (22 to > 200)"),
         (Equivalence(float("inf"), float("inf"), float("inf")), "more than 200"),
-        (Equivalence(5.0, 5.0, 12.0), "at most 5 (at most 5 to 12)"),
+        (Equivalence(5.0, 5.0, 12.0), "at most 5 (≤ 5 to 12)"),
     ],
 )
 def test_equivalent_labels_claim_nothing_beyond_the_budgets(found: Equivalence, words: str) -> None:
