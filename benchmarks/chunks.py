@@ -36,6 +36,7 @@ from medclr.methods.simclr import Config, Method
 from medclr.models.encoder import build_encoder
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.step import Result, Step, plan_of
+from medclr.stop import StopRequest
 
 TOLERANCE, LIMIT, LIMIT_MEMORY = 1e-12, 1.4, 1.3
 FOREVER = 2**31
@@ -61,7 +62,7 @@ def training(
     loader = Loader(store, indices, batch, 0, plan.rows, plan.pieces, pinned=on_gpu)
     with contextlib.closing(loader.epochs(0, FOREVER)) as batches:
         for number in itertools.count():
-            yield take(batches, Draws(config, batch, seed=0, step=number), lambda: False)
+            yield take(batches, Draws(config, batch, seed=0, step=number), StopRequest(Group()))
 
 
 def without_batch_norm(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ gradients. So what crosses processes in the backward pass is summed here, and on
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from medclr.errors import MedclrError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -159,16 +162,35 @@ class Group:
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
         return int(agreed)
 
-    def from_first(self, content: bytes) -> bytes:
-        """The ``content`` of rank 0, in every process."""
+    def from_first(self, content: bytes, first: int = 0) -> bytes:
+        """The ``content`` of rank ``first``, in every process."""
         if self.world_size == 1:
             return content
-        length = self.highest(len(content) if self.is_first else 0)
+        is_mine = self.rank == first
+        length = self.highest(len(content) if is_mine else 0)
         buffer = torch.empty(length, dtype=torch.uint8)
-        if self.is_first and length:
+        if is_mine and length:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        dist.broadcast(buffer, 0, group=self.control)
+        dist.broadcast(buffer, first, group=self.control)
         return buffer.numpy().tobytes()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process refuses inside, all refuse at its end; nothing inside may wait for another process.
+
+        Raises:
+            MedclrError: that of the first process that had one.
+        """
+        said = None
+        try:
+            yield
+        except MedclrError as error:
+            if self.world_size == 1:
+                raise
+            said = str(error)
+        before_end = self.highest(0 if said is None else self.world_size - self.rank)
+        if before_end:
+            raise MedclrError(self.from_first((said or "").encode(), self.world_size - before_end).decode())
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """``module`` with the weights of rank 0 and gradients averaged over the processes. Call it, not its methods."""

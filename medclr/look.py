@@ -17,22 +17,42 @@ from medclr.augment.views import describe, plain_view, two_views
 from medclr.config import PretrainConfig
 from medclr.data.loader import load_batch
 from medclr.data.store import Store
+from medclr.distributed import Group
 from medclr.methods import PretrainingMethod
+from medclr.stop import StopRequest
 
 Indices = NDArray[np.int64]
 
+PART = 64
+"""So many slices go through the network between two questions whether to leave: some seconds on a slow CPU."""
+
 
 def look(
-    method: PretrainingMethod, store: Store, indices: Indices, settings: PretrainConfig, device: torch.device
+    method: PretrainingMethod,
+    store: Store,
+    indices: Indices,
+    settings: PretrainConfig,
+    device: torch.device,
+    group: Group,
+    stop: StopRequest,
 ) -> dict[str, float]:
-    """Figures of the monitor on a fixed sample of the slices that are trained on, from the network in eval mode."""
+    """Figures of the monitor on a fixed sample of the slices that are trained on, from the network in eval mode.
+
+    The first process looks, the others answer with it whether to leave, and have no figures.
+
+    Raises:
+        GaveUp: they leave.
+    """
     rng = np.random.default_rng([settings.seed, 1])
     sample = np.sort(rng.permutation(indices)[: settings.monitor.sample])  # [n]
     dtype = next(method.parameters()).dtype
     method.eval()
     features, embeddings, labels, patients = [], [], [], []
-    with torch.inference_mode():
-        for part in np.array_split(sample, -(-len(sample) // 256)):
+    with torch.inference_mode(), stop.at_once():
+        for part in np.array_split(sample, -(-len(sample) // PART)):
+            stop.check()
+            if not group.is_first:
+                continue
             batch = load_batch(store, part)
             x = plain_view(batch.to(device), settings.views.size_px).to(dtype)  # [b,1,s,s]
             f, z = method.embed(x)  # [b,F], [b,K]
@@ -40,6 +60,8 @@ def look(
             embeddings.append(z)
             labels.append(batch.label)
             patients.append(batch.patient)
+    if not group.is_first:
+        return {}
     z = torch.cat(embeddings).float().cpu()  # [n,K]
     figures = {"effective_rank": monitor.effective_rank(z), "uniformity": monitor.uniformity(z)}
     knn = monitor.knn_accuracy(torch.cat(features).float().cpu(), torch.cat(labels).cpu(), torch.cat(patients).cpu())

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,8 +36,8 @@ from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
 from medclr.progress import duration, progress
 from medclr.request import Request, open_run, read_settings
-from medclr.step import GaveUp, Plan, Result, Step, plan_of
-from medclr.stop import StopRequest
+from medclr.step import Plan, Result, Step, plan_of
+from medclr.stop import GaveUp, StopRequest
 from medclr.track import Backend, Tracker, check, read_metrics
 
 CURVES = {
@@ -112,8 +112,7 @@ def pretrain(
 
 def command(arguments: Sequence[str]) -> RunSummary:
     """``medclr pretrain``: the options are the fields of PretrainConfig and of the chosen method's Config."""
-    request = read_settings(arguments)
-    return _train(request, Store(request.store))
+    return _train(read_settings(arguments))
 
 
 @dataclass
@@ -133,9 +132,11 @@ class State:
     """What it took, over all stretches."""
     best: float = -math.inf
     """Score of the best checkpoint."""
+    row: dict[str, float] = field(default_factory=dict)
+    """Figures of the last step that are not in the metrics yet: those of the monitor are still to come."""
 
     _PARTS: ClassVar = ("method", "optimizer", "scaler")
-    _FACTS: ClassVar = ("store", "step", "skipped", "seconds", "best")
+    _FACTS: ClassVar = ("store", "step", "skipped", "seconds", "best", "row")
 
     def content(self) -> dict[str, Any]:
         """Tensors and plain types."""
@@ -148,7 +149,8 @@ class State:
         Raises:
             MedclrError: all checkpoints are damaged, or it was trained on another store.
         """
-        newest = checkpoint.latest(out) if group.is_first else None
+        with group.together():
+            newest = checkpoint.latest(out) if group.is_first else None
         content = group.from_first(newest.read_bytes() if newest else b"")
         if not content:
             return
@@ -158,55 +160,58 @@ class State:
         for name in self._PARTS:
             getattr(self, name).load_state_dict(saved[name])
         for name in self._FACTS:
-            setattr(self, name, saved[name])
+            setattr(self, name, saved.get(name, getattr(self, name)))  # earlier versions had no row
 
 
-def _train(request: Request, store: Store) -> RunSummary:
+def _train(request: Request) -> RunSummary:
     settings = request.settings
     group = Group.from_environment(settings.device)
     try:
-        device = _device(settings.device)
-        keep_freed_memory()
-        indices = store.indices(settings.data.split)  # [n]
-        if settings.data.leave_out:
-            indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
-        plan = plan_of(settings.batch, settings.chunk, group)
-        per_scan = settings.data.slices_per_scan
-        loader = Loader(
-            store,
-            indices,
-            settings.batch,
-            settings.seed,
-            plan.rows,
-            plan.pieces,
-            per_scan,
-            pinned=device.type == "cuda",
-        )
-        check(request.track)
-        if not group.is_first:
-            return _loop(request, loader, plan, group, device)
-        with alone(request.out):  # after all that can be refused: a run that never started leaves nothing
-            open_run(request)
-            return _loop(request, loader, plan, group, device)
+        with contextlib.ExitStack() as held:
+            with group.together():
+                device = _device(settings.device)
+                store = Store(request.store)
+                indices = store.indices(settings.data.split)  # [n]
+                if settings.data.leave_out:
+                    indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
+                plan = plan_of(settings.batch, settings.chunk, group)
+                share, per_scan = (plan.rows, plan.pieces), settings.data.slices_per_scan
+                pinned = device.type == "cuda"
+                loader = Loader(store, indices, settings.batch, settings.seed, *share, per_scan, pinned=pinned)
+                check(request.track)
+                keep_freed_memory()
+                method = _build(request, group, device)
+                if group.is_first:  # after all else that can be refused: a run that never started leaves nothing
+                    held.enter_context(alone(request.out))
+                    open_run(request)
+            return _loop(request, method, loader, plan, group)
     finally:
         group.close()
 
 
-def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: torch.device) -> RunSummary:
-    settings, out, store = request.settings, request.out, loader.store
-    per_epoch, total = loader.steps_per_epoch, settings.epochs * loader.steps_per_epoch
+def _build(request: Request, group: Group, device: torch.device) -> PretrainingMethod:
+    """The network to begin with."""
+    settings = request.settings
     torch.manual_seed(settings.seed)  # initial weights; nothing later draws from the global generator
     encoder = build_encoder(settings.encoder, settings.views.size_px)
-    if (matched := load_weights(encoder, settings.init)) and group.is_first:
+    matched = load_weights(encoder, settings.init)
+    if matched and group.is_first:
         print(matched, file=sys.stderr)
     method = methods.get(settings.method).Method(request.own, encoder)
     method.to(device, DTYPES.get(settings.precision, torch.float32), memory_format=torch.channels_last)
-    method = group.sync_batch_norm(method)
+    ready: PretrainingMethod = group.sync_batch_norm(method)
+    return ready
+
+
+def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Plan, group: Group) -> RunSummary:
+    settings, out, store = request.settings, request.out, loader.store
+    device = next(method.parameters()).device
+    per_epoch, total = loader.steps_per_epoch, settings.epochs * loader.steps_per_epoch
+    warmup_steps = round(settings.optim.warmup * total)
     peak_lr = scaled_lr(settings.optim.base_lr, settings.batch, settings.optim.lr_scaling)
     groups = param_groups(method, settings.optim.weight_decay)
     optimizer = build_optimizer(settings.optim.name, groups, lr=peak_lr, momentum=settings.optim.momentum)
     take_step = Step(method, optimizer, plan, group, AUTOCAST.get(settings.precision), compiled=settings.compile)
-    warmup_steps = round(settings.optim.warmup * total)
     origin = {"manifest_sha256": store.info.manifest_sha256, "size_px": store.info.size_px}
     state = State(method, optimizer, take_step.scaler, origin)
     state.resume(out, group)
@@ -217,58 +222,63 @@ def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: to
             state.seconds = before + time.perf_counter() - started
             checkpoint.save(out, state.step, state.content(), keep=settings.monitor.keep, best=best)
 
-    def watch(loss: float) -> dict[str, float]:
-        """Figures of the monitor; the weights are kept if they are the best so far."""
-        seen = look(method, store, loader.indices, settings, device)
+    def train(lr: float) -> dict[str, float]:
+        """One step; its row of the metrics."""
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        draws = Draws(settings.views, settings.batch, seed=settings.seed, step=state.step)
+        try:
+            result = take_step(batches, draws, stop)
+        except MedclrError as error:  # of this process alone, and of others that the command line leaves silent
+            if not group.is_first:
+                print(f"medclr: process {group.rank}: {error}", file=sys.stderr)
+            raise
+        state.skipped += result.is_lost
+        if state.skipped > settings.skip_nonfinite:
+            raise MedclrError(_not_finite(result, state.step, store, draws, plan, group, device, out))
+        state.step += 1
+        row = {"loss": result.loss, "grad_norm": result.grad_norm, **result.logs}
+        row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON knows no NaN
+        if result.is_lost:
+            row["skipped"] = state.skipped
+        return row | {"epoch": state.step / per_epoch, "lr": lr, "images_per_s": speed.step()}
+
+    def judge(seen: Mapping[str, float], loss: float) -> None:
+        """Warn of a collapse; keep the weights if they are the best so far."""
         if state.step >= max(warmup_steps, SETTLED_STEPS) and (warning := monitor.collapse_warning(seen)):
             print(f"medclr: warning: step {state.step}: {warning}", file=sys.stderr)
         if (score := seen.get("knn", -loss)) > state.best:
             state.best = score
             save(best=True)
-        return seen
 
     if group.is_first and state.step == 0:
         draw_views(store, loader.indices, settings, out)
     last: dict[str, float] = {}  # the newest of each figure: shown beside the bar, and in the summary
     started = saved_at = time.perf_counter()
-    ended = deque([started], maxlen=SPEED_STEPS + 1)  # when each of the last steps was
+    speed = Speed(settings.batch)
     with (
         _report(request, total, state.step, group) as report,
         StopRequest(group) as stop,
         contextlib.closing(loader.epochs(state.step, settings.epochs)) as batches,
     ):
-        while state.step < total:
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = peak_lr * warmup_cosine(state.step, total, warmup_steps)
-            draws = Draws(settings.views, settings.batch, seed=settings.seed, step=state.step)
+        while state.step < total or state.row:
             try:
-                result = take_step(batches, draws, stop.asked)
+                state.row = state.row or train(peak_lr * warmup_cosine(state.step, total, warmup_steps))
+                epoch, within = divmod(state.step, per_epoch)
+                is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == total
+                seen = look(method, store, loader.indices, settings, device, group, stop) if is_watched else {}
             except GaveUp:
                 save()
                 raise stop.leaving(state.step, total, out) from None
-            state.skipped += result.is_lost
-            if state.skipped > settings.skip_nonfinite:
-                raise MedclrError(_not_finite(result, state.step, store, draws, plan, group, device, out))
-            state.step += 1
-
-            epoch, within = divmod(state.step, per_epoch)
-            ended.append(time.perf_counter())
-            speed = (len(ended) - 1) * settings.batch / (ended[-1] - ended[0])
-            row = {"loss": result.loss, "grad_norm": result.grad_norm, **result.logs}
-            row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON knows no NaN
-            if result.is_lost:
-                row["skipped"] = state.skipped
-            row |= {"epoch": state.step / per_epoch, "lr": parameters["lr"], "images_per_s": speed}
-            is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == total
-            if is_watched and group.is_first:
-                row |= watch(result.loss)
+            row, state.row = state.row | seen, {}
+            if seen:
+                judge(seen, row.get("loss", math.nan))
             last |= {key: value for key, value in row.items() if key in SHOWN}
             report(state.step, row, is_watched, f"epoch {-(-state.step // per_epoch)}/{settings.epochs}{_words(last)}")
 
             now = time.perf_counter()
             if is_watched:
-                ended.clear()
-                ended.append(now)
+                speed.restart()
             is_stopped = stop.asked() and state.step < total
             if is_stopped or state.step == total or now - saved_at > 60 * settings.monitor.checkpoint_minutes:
                 save()
@@ -279,6 +289,24 @@ def _loop(request: Request, loader: Loader, plan: Plan, group: Group, device: to
         _finish(request, method, store, loader.indices)
     group.barrier()  # nobody leaves before the run is whole
     return RunSummary(out, state.step, before + time.perf_counter() - started, last or _last_figures(out))
+
+
+class Speed:
+    """Slices a second, over the last ``SPEED_STEPS`` steps."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._ended = deque([time.perf_counter()], maxlen=SPEED_STEPS + 1)
+
+    def step(self) -> float:
+        """A step has ended: the speed now."""
+        self._ended.append(time.perf_counter())
+        return (len(self._ended) - 1) * self._batch / (self._ended[-1] - self._ended[0])
+
+    def restart(self) -> None:
+        """Leave out what was done since the last step."""
+        self._ended.clear()
+        self._ended.append(time.perf_counter())
 
 
 @contextlib.contextmanager

@@ -31,8 +31,10 @@ RUN_FILES = {
 }  # fmt: skip
 """All that a run writes, and so all that --overwrite may remove."""
 
-HARMLESS = {"skip_nonfinite", "monitor.checkpoint_minutes", "monitor.keep"}
-"""Settings that leave the weights as they are, and so may differ when a run is resumed."""
+HARMLESS = {"skip_nonfinite", "monitor.checkpoint_minutes", "monitor.keep", "device", "compile"}
+"""Settings that leave the method as it is, and so may differ when a run is resumed. With another device, or compiled or
+not, it goes on from the same state with the same slices and views, but sums are rounded otherwise: its weights are then
+those of a run that was never stopped up to rounding, no longer bit by bit, as on any other machine."""
 
 
 @dataclass(frozen=True)

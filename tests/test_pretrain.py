@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 import medclr
+import medclr.look
 from medclr import checkpoint
 from medclr.augment.views import Draws
+from medclr.cli import main
 from medclr.config import read_yaml
 from medclr.data.store import Store
 from medclr.errors import MedclrError
 from medclr.files import alone, sha256
+from medclr.methods.simclr import Method
 from medclr.track import read_metrics
 
 SMALL = {"epochs": 3, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.sample": 32}
@@ -97,6 +101,77 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, image_store, tmp_path, s
         assert torch.equal(tensor, weights(out)[name]), name
     steps = [row["step"] for row in read_metrics(out) if "loss" in row]
     assert steps == sorted(set(steps)), "a stretch that was run twice stands once in the metrics"
+
+
+def stopped(words: list[str], target: object, name: str, number: int) -> float:
+    """Run a command in which the call of that number takes a minute, and SIGTERM comes meanwhile: the seconds after."""
+    function, calls, asked = getattr(target, name), [], []
+
+    def terminate() -> None:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def slow(*arguments, **options):
+        calls.append(None)
+        if len(calls) == number:
+            threading.Timer(0.1, terminate).start()
+            time.sleep(60)
+        return function(*arguments, **options)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(target, name, slow)
+        assert main(words) == 0
+        took = time.monotonic() - asked[0]
+    signal.signal(signal.SIGTERM, before)
+    return took
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    for name, tensor in weights(expected).items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    rows = [[{**row, "images_per_s": 0} for row in read_metrics(path)] for path in (run, expected)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "number", "step"),
+    [
+        (Draws, "view", 8, 3),
+        (Method, "embed", 5, 4),
+        (Method, "objective", 9, 8),
+        (medclr.look, "plain_view", 3, 12),
+        (medclr.look, "plain_view", 4, 18),
+    ],
+    ids=["making views", "in the network", "in the loss", "looking", "looking at the end"],
+)
+def test_sigterm_does_not_wait_for_a_long_step_or_look(run, image_store, tmp_path, capsys, target, name, number, step):
+    out = tmp_path / "run"
+    words = command(image_store, out)[3:]
+    assert stopped(words, target, name, number) < 10
+    assert f"saved step {step} of 18 in {out}; the same command again goes on" in capsys.readouterr().err
+    assert checkpoint.load(checkpoint.latest(out))["step"] == step
+    assert main(words) == 0
+    assert_same_run(out, run)
+
+
+def test_float16_goes_on_with_its_scale_of_the_loss(image_store, tmp_path):
+    few = ("--precision", "float16", "--epochs", "1", "--views.size_px", "8", "--monitor.sample", "8")
+    whole, out = (command(image_store, tmp_path / name, *few)[3:] for name in ("whole", "run"))
+    assert main(whole) == 0
+    stopped(out, Method, "objective", 4)
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "run"))
+    assert (saved["step"], saved["scaler"]["scale"] < 65536) == (3, True), "it began with that, and has come down"
+    assert main(out) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_goes_on_on_another_device_and_compiled(run, image_store, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    medclr.pretrain(image_store, out, settings={**SMALL, "device": "auto", "compile": True})
+    assert [read_yaml(out / "config.yaml")[name] for name in ("device", "compile")] == ["auto", True]
+    assert_same_run(out, run)
 
 
 def test_a_truncated_checkpoint_is_noticed(run, image_store, tmp_path):

@@ -3,9 +3,12 @@
 All combinations with a small network (slow), and two of them through the real loop with a ResNet.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,15 +20,20 @@ import torch
 from torch import Tensor, nn
 
 import medclr
+import medclr.look
 from medclr import checkpoint
 from medclr.augment.views import Draws
+from medclr.cli import main
 from medclr.config import ViewsConfig
 from medclr.data.loader import Loader
 from medclr.data.store import Store
 from medclr.distributed import Group
+from medclr.errors import MedclrError
+from medclr.files import alone
 from medclr.methods.simclr import Config, Method
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.step import Step, plan_of
+from medclr.stop import StopRequest
 from medclr.track import read_metrics
 
 CHOICES: dict[str, list[dict[str, Any]]] = {
@@ -77,7 +85,8 @@ def train(store: Store, chosen: dict[str, Any], dtype: torch.dtype, group: Group
     loader = Loader(store, store.indices(), BATCH, 0, plan.rows, plan.pieces)
     batches = loader.epochs(0, STEPS)
     losses = [
-        step(batches, Draws(ViewsConfig(size_px=12), BATCH, seed=0, step=i), lambda: False).loss for i in range(STEPS)
+        step(batches, Draws(ViewsConfig(size_px=12), BATCH, seed=0, step=i), StopRequest(group)).loss
+        for i in range(STEPS)
     ]
     batches.close()
     return losses, torch.cat([t.double().flatten() for n, t in method.state_dict().items() if "num_batches" not in n])
@@ -97,7 +106,55 @@ def train_runs(store: Path, out: Path) -> None:
         medclr.pretrain(store, out / str(number), settings={**RUN, **settings})
 
 
-WORK: dict[str, Callable[..., None]] = {"grid": train_grid, "runs": train_runs}
+def leave(store: Path, out: Path) -> None:
+    """What each process does: what is refused, and what one of them is asked to leave; it notes what it said."""
+    import torch.distributed as dist
+
+    rank, words = dist.get_rank(), [f"--{key}={value}" for key, value in RUN.items()]
+    outcomes: dict[str, tuple[int, str]] = {}
+
+    def do(what: str, run: str, *more: str) -> None:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            status = main(["pretrain", "--store", str(store), "--out", str(out / run), *words, *more])
+        sentences = [line for line in said.getvalue().splitlines() if line.startswith("medclr: ")]
+        outcomes[what] = status, "; ".join(sentences)
+
+    def lost(path: Path) -> Store:
+        raise MedclrError(f"{path}: this node does not see it")
+
+    do("whole", "whole")
+    do("other settings", "whole", "--seed=1")
+    do("busy", "busy")
+    do("unknown", "new", "--data.split=nothing")
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr("medclr.pretrain.Store", lost)
+        do("one alone", "new")
+    for number, (who, target, name) in enumerate(
+        [(1, Method, "embed"), (1, Method, "objective"), (0, medclr.look, "plain_view")]
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == who:
+                patch.setattr(target, name, terminated(getattr(target, name)))
+            do(f"stop {number}", str(number))
+        do(f"again {number}", str(number))
+    (out / f"{rank}.json").write_text(json.dumps(outcomes))
+
+
+def terminated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with SIGTERM to this process at its second call."""
+    calls = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    return call
+
+
+WORK: dict[str, Callable[..., None]] = {"grid": train_grid, "runs": train_runs, "leave": leave}
 
 
 def launch(processes: int, work: str, *words: object) -> None:
@@ -130,6 +187,33 @@ def test_two_processes_train_as_one_through_the_real_loop(image_store: Path, tmp
         one = outcome(tmp_path / "1" / str(number))
         assert len(one[0]) == 6
         assert_same(one, outcome(tmp_path / "2" / str(number)), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_refuse_and_leave_as_one(image_store: Path, tmp_path: Path) -> None:
+    with alone(tmp_path / "busy"):
+        launch(2, "leave", image_store, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert {what: status for what, (status, _) in first.items()} == {
+        what: status for what, (status, _) in second.items()
+    }
+    assert [said for _, said in second.values() if said] == [], "the first speaks for all"
+    for what, sentence in {
+        "other settings": "seed was 0 and is now 1",
+        "busy": "another medclr is writing there",
+        "unknown": "nothing",
+        "one alone": "this node does not see it",
+    }.items():
+        status, said = first[what]
+        assert status == 2
+        assert sentence in said
+        assert said.count("medclr: ") == 1
+    assert not (tmp_path / "new").exists()
+    for number, step in enumerate((1, 1, 6)):
+        assert first[f"stop {number}"][0] == first[f"again {number}"][0] == 0
+        assert f"saved step {step} of 6" in first[f"stop {number}"][1]
+        assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / str(number)), 0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 """A step: gradient caching is exact, its batch norm leaks nothing, and what is not finite changes nothing."""
 
-from collections.abc import Callable, Iterator
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 
@@ -15,7 +19,8 @@ from medclr.data.loader import Batch, Facts
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.methods.simclr import Config, Method
-from medclr.step import GaveUp, Plan, Result, Step, plan_of
+from medclr.step import Plan, Result, Step, plan_of
+from medclr.stop import GaveUp, StopRequest
 
 B = 12
 VIEWS = ViewsConfig(size_px=8)
@@ -74,16 +79,23 @@ def pieces(plan: Plan, batch: Batch) -> Iterator[Batch]:
     return (mine.select(torch.from_numpy(rows)) for rows in plan.pieces)
 
 
-def never() -> bool:
-    return False
+class Answers(StopRequest):
+    """Asked to stop at the question with that number, or never; counts the questions."""
+
+    def __init__(self, number: float = math.inf) -> None:
+        super().__init__(Group())
+        self.number, self.questions = number, 0
+
+    def asked(self) -> bool:
+        self.questions += 1
+        return self.questions > self.number
 
 
-def take(method: Method, chunk: int | None, batch: Batch, stop: Callable[[], bool] = never, step: int = 3) -> Result:
+def take(method: Method, chunk: int | None, batch: Batch, stop: StopRequest | None = None, step: int = 3) -> Result:
     plan = plan_of(len(batch), chunk, Group())
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
-    return Step(method, optimizer, plan, Group())(
-        pieces(plan, batch), Draws(VIEWS, len(batch), seed=1, step=step), stop
-    )
+    draws = Draws(VIEWS, len(batch), seed=1, step=step)
+    return Step(method, optimizer, plan, Group())(pieces(plan, batch), draws, stop or Answers())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -172,15 +184,44 @@ def test_batch_norm_sees_one_view_of_a_chunk_and_its_statistics_move_once_a_chun
     assert all(m.track_running_stats for m in method.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_a_stop_between_chunks_leaves_everything_as_it_was() -> None:
-    for answers in ([True], [False] * 8 + [True]):  # in the first pass, and in the second
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_stop_in_the_middle_of_a_step_leaves_everything_as_it_was(chunk: int | None) -> None:
+    whole, stop = make_method("batch"), Answers()
+    take(whole, chunk, batch_of(B), stop)
+    layers = 4 + 4  # convolutions, batch norms; linear layers and batch norms of the head
+    assert stop.questions == (2 * 2 * B // chunk if chunk else 1 + 2 * layers), "in each pass; there and back"
+    for number in (0, stop.questions // 2, stop.questions - 1):
         method = make_method("batch")
         before = deepcopy(method.state_dict())
-        asked = iter(answers)
+        answers = Answers(number)
         with pytest.raises(GaveUp):
-            take(method, 4, batch_of(B), stop=lambda asked=asked: next(asked))  # type: ignore[misc]
+            take(method, chunk, batch_of(B), answers)
+        assert answers.questions == number + 1
         torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
-        assert next(asked, None) is None
+        take(method, chunk, batch_of(B))
+        torch.testing.assert_close(method.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_a_signal_ends_a_step_between_two_bytecodes() -> None:
+    method = make_method("batch")
+    before = deepcopy(method.state_dict())
+    forward = TinyEncoder.forward
+
+    def slow(self: TinyEncoder, x: Tensor) -> Tensor:
+        out = forward(self, x)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return out
+
+    began = time.monotonic()
+    with StopRequest(Group()) as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinyEncoder, "forward", slow)
+        with pytest.raises(GaveUp):
+            take(method, None, batch_of(B), stop)
+        with pytest.raises(GaveUp):  # it has not forgotten
+            take(method, None, batch_of(B), stop)
+    assert time.monotonic() - began < 10
+    torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
