@@ -55,6 +55,7 @@ from medclr.memory import keep_freed_memory
 from medclr.progress import progress
 from medclr.scans import HEAD_BYTES, bids, reader_of
 from medclr.scans.dicom_seg import write_seg
+from medclr.scans.dicom_values import unheard
 from medclr.scans.modality import modality_of
 from medclr.scans.nifti_labels import write_like, write_stack
 from medclr.scans.policy import DEFAULT, Plane, Policy
@@ -279,6 +280,7 @@ def _predict(job: Job, waiting: Sequence[tuple[Entry, ScanRow]]) -> None:
         files.mendable(job.out),
         _journal(job.out).open("a", encoding="utf-8") as journal,
         progress("predict", total, "slices") as advance,
+        unheard(),  # around both threads: each is silent as well, but would let the other be heard when it ends first
         contextlib.closing(_decoded(waiting, job.trained.model.encoder.store_px)) as decoded,
         torch.inference_mode(),
     ):

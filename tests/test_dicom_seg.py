@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from conftest import shared_data
 from dicom_files import AXIAL, CT, SAGITTAL, XRAY, at, enhanced, write
 from numpy.typing import NDArray
 from pydicom.uid import generate_uid
@@ -129,16 +130,29 @@ def test_it_belongs_to_the_patient_the_study_and_the_series(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "kind", ["series", "one class", "no voxel", "tilted", "enhanced", "one radiograph", "no names"]
+    "kind",
+    ["series", "one class", "no voxel", "tilted", "enhanced", "radiograph", "odd radiograph", "no names", "odd values"],
 )
 def test_dciodvfy_finds_no_error(kind: str, tmp_path: Path) -> None:
     classes, shape = CLASSES, (5, 6, 7)
     if kind == "enhanced":
         paths, shape = [twice_seen(tmp_path / "scan.dcm")], (3, 3, 4)
-    elif kind == "one radiograph":
-        pixels = np.zeros((8, 9), np.uint16)
-        paths = [write(tmp_path / "x.dcm", pixels, **IDENTITY | XRAY | {"FrameOfReferenceUID": None})]
+    elif "radiograph" in kind:
+        odd = (
+            {"FrameOfReferenceUID": "1.2.3.9", "PixelSpacing": [0, 0]}
+            if "odd" in kind
+            else {"FrameOfReferenceUID": None}
+        )
+        paths = [write(tmp_path / "x.dcm", np.zeros((8, 9), np.uint16), **IDENTITY | XRAY | odd)]
         shape = (1, 8, 9)
+    elif kind == "odd values":  # as ACR-NEMA and careless programs wrote them
+        paths = series(tmp_path / "scan", SliceThickness=None)
+        for path in paths:
+            text = path.read_bytes()
+            for before, after in ((b"20260102", b"1996.1.2"), (b"101112", b"10:112"), (b"19640812", b"19640832")):
+                text = text.replace(before, after)
+            path.write_bytes(text.replace(b"\x10\x00\x40\x00CS\x02\x00F ", b"\x10\x00\x40\x00CS\x02\x00W "))
+            assert pydicom.dcmread(path).PatientSex == "W"
     elif kind == "no names":
         paths = series(tmp_path / "scan", **dict.fromkeys(["PatientID", *list(IDENTITY)[:8]]))
     elif kind == "tilted":
@@ -156,6 +170,22 @@ def test_dciodvfy_finds_no_error(kind: str, tmp_path: Path) -> None:
     assert complaints(tmp_path / "seg.dcm") == []
     written = np.stack(list(reread(tmp_path / "seg.dcm").values()))
     assert np.array_equal(np.bincount(written.ravel(), minlength=3)[1:], np.bincount(labels.ravel(), minlength=3)[1:])
+
+
+@pytest.mark.slow
+def test_dciodvfy_finds_no_error_in_what_is_written_of_odd_files(tmp_path: Path) -> None:
+    written = 0
+    for path in sorted((shared_data("dicom_zoo") / "pydicom_files").iterdir()):
+        try:
+            modality = read_header(path).modality or "OT"
+            voxels = read([path], modality, policy=ACCEPTED).voxels
+            write_seg(tmp_path / path.name, np.ones(voxels.shape, np.uint8), ("all",), [path])
+        except ScanError:
+            continue
+        assert complaints(tmp_path / path.name) == [], path.name
+        assert sum(labels.sum() for labels in reread(tmp_path / path.name).values()) == voxels.size
+        written += 1
+    assert written >= 35
 
 
 def twice_seen(path: Path) -> Path:

@@ -7,6 +7,7 @@ SimpleITK read.
 import csv
 import importlib
 import json
+import logging
 import shutil
 import stat
 import zipfile
@@ -537,12 +538,13 @@ def test_out_may_lie_in_the_folder_of_the_scans(export: Export, tmp_path: Path) 
 
 @pytest.mark.parametrize("task", ["shades", "shares"])
 def test_no_identity_is_written_but_in_seg(
-    task: str, export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str, export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / f"scans {marked.TEXT}"
     marked.write_dicom(root / "dicom")
     marked.write_nifti(root / "nifti", tmp_path / "elsewhere")
     marked.write_pictures(root / "pictures")
+    caplog.clear()
     out = tmp_path / "out"
     done = predict([root], export(task), out, modality="MR", key_file=tmp_path / "key")
     print(done)
@@ -553,7 +555,8 @@ def test_no_identity_is_written_but_in_seg(
         if path.is_file() and path.parent.name != "seg":
             assert not any(marked.planted(content) for content in marked.contents(path)), path.name
     told = capsys.readouterr()
-    assert not marked.planted((told.out + told.err).encode())
+    assert not marked.planted((told.out + told.err + caplog.text).encode())
+    assert not logging.getLogger("pydicom").disabled
     segs = list(out.glob("seg/*.dcm"))
     assert len(segs) >= 2 * (task == "shades")
     assert all(marked.planted(path.read_bytes()) for path in segs)  # they belong to the patient's study

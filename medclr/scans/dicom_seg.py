@@ -4,7 +4,10 @@ A SEG is an instance of the patient's study: its Patient and Study modules are c
 (PS3.3 A.1.2), and nothing else that medclr writes holds an identity.
 """
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,13 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
-from pydicom.valuerep import DA, TM
 
 import medclr
 from medclr.errors import MedclrError, ScanError
 from medclr.files import writing
 from medclr.scans.dicom import read_header, volume_of
 from medclr.scans.dicom_series import Frame
-from medclr.scans.dicom_values import functional, text, unheard
+from medclr.scans.dicom_values import functional, numbers, text, unheard
 from medclr.scans.policy import ACCEPTED
 
 SERIES_NUMBER = 1000
@@ -32,7 +34,8 @@ _TYPE_2 = (
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
 _NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-_SEXES = ("M", "F", "O", "")
+_FORM = {"Date": r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", "Time": r"([01]\d|2[0-3])([0-5]\d){0,2}(\.\d{1,6})?",
+         "PatientSex": "[MFO]"}  # fmt: skip
 
 
 def write_seg(
@@ -78,12 +81,13 @@ def write_seg(
         )
         for number, name in enumerate(classes, start=1)
     ]
-    with unheard():
+    with unheard(), _unheard():
         headers = [read_header(file) for file in files]
-        frames = volume_of(files, headers, volume, ACCEPTED).frames  # [D]
+        chosen = volume_of(files, headers, volume, ACCEPTED)
+        frames = chosen.frames  # [D]
         if any(frame.header.tiles for frame in frames):
             raise ScanError("is a Siemens mosaic, of whose tiles a DICOM SEG can name none")
-        images = _images(frames)
+        images = _images(frames, chosen.found.spacing_mm[0])
         try:
             seg = Segmentation(
                 source_images=images,
@@ -100,7 +104,7 @@ def write_seg(
                 device_serial_number="0",
                 content_label="SEGMENTATION",
                 series_description="medclr segmentation",
-                omit_empty_frames=True,
+                omit_empty_frames=bool(labels.any()),
             )
             if frames[0].header.frames > 1:
                 _number_frames(seg, [frame.number + 1 for frame in frames])
@@ -114,47 +118,67 @@ def write_seg(
             raise ScanError(f"holds what no DICOM SEG can refer to ({type(error).__name__})") from error
 
 
-def _images(frames: Sequence[Frame]) -> list[Dataset]:
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Nothing of what highdicom logs is heard: it quotes the patient's name where that is oddly written."""
+    logger, handler = logging.getLogger("highdicom"), logging.NullHandler()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.propagate = before
+        logger.removeHandler(handler)
+
+
+def _images(frames: Sequence[Frame], spacing_mm: float) -> list[Dataset]:
     """What highdicom is to take for the images: one a slice, or a multi-frame image of just these slices, in order.
+
+    Args:
+        frames: [D].
+        spacing_mm: between slices: how thick they are where the images do not say it.
 
     Raises:
         ScanError: they lack what a segmentation must refer to.
     """
     datasets = {path: dcmread(path, stop_before_pixels=True, force=True) for path in {f.header.path for f in frames}}
     images = [datasets[frame.header.path] for frame in frames]
+    first, in_space = images[0], bool(frames[0].header.slices)
+    if (in_space or len(frames) > 1) and not (in_space and text(first, "FrameOfReferenceUID")):
+        raise ScanError("records no Frame of Reference UID for its slices, to which a DICOM SEG must refer")
     for dataset in datasets.values():
         if missing := [name for name in _NEEDED if not text(dataset, name)]:
             raise ScanError(f"records no {', '.join(missing)}, to which a DICOM SEG must refer")
         for name in _TYPE_2:
             if name not in dataset or not _is_sound(name, text(dataset, name)):
                 setattr(dataset, name, None)
-    first = images[0]
-    if len(frames) > 1 and not (text(first, "FrameOfReferenceUID") and frames[0].header.slices):
-        raise ScanError("records no Frame of Reference UID for its slices, to which a DICOM SEG must refer")
+        if not all(spacing > 0 for spacing in numbers(dataset, "PixelSpacing", 2)):
+            del dataset.PixelSpacing
+        if not in_space:  # then it has no place in a frame of reference either
+            dataset.pop("FrameOfReferenceUID", None)
+        elif not any(numbers(dataset, "SliceThickness", 1)):
+            dataset.SliceThickness = f"{spacing_mm:.6g}"
     if frames[0].header.frames == 1:
-        for image in images[1:]:  # equal but for the last digits, as ``read`` has checked
-            if "ImageOrientationPatient" in first:
-                image.ImageOrientationPatient = first.ImageOrientationPatient
+        for image in images[1:] if in_space else []:  # equal but for the last digits, as ``read`` has checked
+            image.ImageOrientationPatient = first.ImageOrientationPatient
         return images
-    if not frames[0].header.slices:
+    if not in_space:
         return [first]
     image = deepcopy(first)
-    numbers = [frame.number for frame in frames]
-    image.NumberOfFrames = len(numbers)
-    shared = ("PlaneOrientationSequence", "PixelMeasuresSequence")
-    image.SharedFunctionalGroupsSequence = Items([_groups(first, numbers[0], *shared)])
-    image.PerFrameFunctionalGroupsSequence = Items([_groups(first, n, "PlanePositionSequence") for n in numbers])
+    places = [frame.number for frame in frames]
+    image.NumberOfFrames = len(places)
+    shared = _groups(first, places[0], "PlaneOrientationSequence", "PixelMeasuresSequence")
+    if not any(numbers(shared.PixelMeasuresSequence[0], "SliceThickness", 1)):
+        shared.PixelMeasuresSequence[0].SliceThickness = f"{spacing_mm:.6g}"
+    image.SharedFunctionalGroupsSequence = Items([shared])
+    image.PerFrameFunctionalGroupsSequence = Items([_groups(first, n, "PlanePositionSequence") for n in places])
     return [image]
 
 
 def _is_sound(name: str, value: str) -> bool:
-    """Whether a value can be repeated: what is malformed is left out, as it may be by PS3.5 7.4.3 (type 2)."""
-    if name.endswith(("Date", "Time")):
-        try:
-            (DA if name.endswith("Date") else TM)(value)
-        except ValueError:
-            return False
-    return name != "PatientSex" or value in _SEXES
+    """Whether a value can be repeated: what is malformed is left out, as PS3.5 7.4.3 allows (type 2)."""
+    pattern = _FORM.get(name[-4:]) or _FORM.get(name)
+    return pattern is None or not value or re.fullmatch(pattern, value) is not None
 
 
 def _groups(dataset: Dataset, frame: int, *names: str) -> Dataset:
