@@ -53,7 +53,7 @@ from medclr.errors import MedclrError, ScanError
 from medclr.figures_masks import COLOURS
 from medclr.memory import keep_freed_memory
 from medclr.progress import progress
-from medclr.scans import HEAD_BYTES, bids, reader_of
+from medclr.scans import bids
 from medclr.scans.dicom_seg import write_seg
 from medclr.scans.dicom_values import unheard
 from medclr.scans.modality import modality_of
@@ -68,6 +68,9 @@ PIECE = 32
 
 SHOWN = 12
 """Scans of the overview."""
+
+LEGEND = 16
+"""Classes that its legend names; colours repeat before."""
 
 Labels = NDArray[np.uint16]
 
@@ -224,9 +227,6 @@ def _brought(given: Sequence[Path], copies: Path) -> Roots:
     others: list[Path] = []
     for path in dict.fromkeys(map(Path, given)):
         if path.is_file() and not (archive.is_archive(path) or dicomdir.is_dicomdir(path)):
-            with path.open("rb") as file:
-                if reader_of(file.read(HEAD_BYTES)) is None:
-                    raise MedclrError(f"{path}: is neither a scan nor a folder or an archive of scans")
             whole = path.absolute()
             alone.setdefault(whole.parent, []).append(whole.name)
         else:
@@ -463,6 +463,8 @@ def _finish(job: Job, claim: Mapping[str, Any], threshold: float) -> None:
     values = {"values": dict(zip(job.classes, _values(job.trained), strict=True))} if table == "masks.csv" else {}
     files.write_json(out / "prediction.json", {**claim, **values})
     shutil.rmtree(_journal(out).parent)
+    with contextlib.suppress(OSError):  # it is not there, or not empty
+        (out / "seg").rmdir()
 
 
 def _named(said: Said, classes: Sequence[str], threshold: float | None) -> str:
@@ -505,6 +507,6 @@ def _draw(job: Job, order: Sequence[str]) -> None:
     title = f"{len(kept)} of {len(order):,} scan{'s' * (len(order) != 1)}{stamp}"
     figure.suptitle(title, fontsize=10, color=figures.INK, x=0.01, ha="left")
     if met:
-        handles = [Patch(color=colours[k - 1], label=job.classes[k - 1]) for k in sorted(met)]
+        handles = [Patch(color=colours[k - 1], label=job.classes[k - 1]) for k in sorted(met)[:LEGEND]]
         figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     figures.save(figure, job.out / "overview.png")

@@ -287,6 +287,7 @@ def test_dicom_without_what_a_seg_needs_still_gets_its_nifti(export: Export, tmp
     assert (row["dicom_seg"], row["note"][:32]) == ("", "records no Frame of Reference UI")
     assert row["mask"]
     assert "1 of them could get no DICOM SEG" in str(done)
+    assert not (tmp_path / "out" / "seg").exists()
 
 
 def test_seg_can_be_left_out(export: Export, tmp_path: Path) -> None:
@@ -421,12 +422,18 @@ def test_files_of_one_series_are_one_scan(export: Export, tmp_path: Path) -> Non
     assert predict(paths, export("shades"), tmp_path / "out", key_file=tmp_path / "key").scans == 1
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "nowhere.nii.gz"])
-def test_what_is_no_scan_is_named(name: str, export: Export, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no scan")
-    with pytest.raises(MedclrError, match=name):
-        predict([tmp_path / name], export("shares"), tmp_path / "out", key_file=tmp_path / "key")
+def test_what_is_not_there_is_named(export: Export, tmp_path: Path) -> None:
+    with pytest.raises(MedclrError, match=r"nowhere.nii.gz: no such"):
+        predict([tmp_path / "nowhere.nii.gz"], export("shares"), tmp_path / "out", key_file=tmp_path / "key")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_scans_do_not_stop_the_others(export: Export, tmp_path: Path) -> None:
+    nib.save(nifti("pair"), tmp_path / "scan.img")
+    (tmp_path / "notes.txt").write_text("no scan")
+    given = [tmp_path / name for name in ("notes.txt", "scan.img", "scan.hdr")]
+    done = predict(given, export("shares"), tmp_path / "out", modality="MR", key_file=tmp_path / "key")
+    assert (done.scans, done.rejected) == (1, 1)
 
 
 def test_the_others_go_on(export: Export, tmp_path: Path) -> None:
