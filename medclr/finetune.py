@@ -275,7 +275,7 @@ def train(wish: Wish) -> FinetuneSummary:
     stamp = refuse_seen(
         encoder.seen_patients,
         cases,
-        f"{wish.encoder} was pretrained",
+        "the encoder was pretrained",
         "choose an encoder that was pretrained without them (data.split)",
         transductive=wish.transductive,
     )

@@ -1,6 +1,5 @@
 """Classification: pooling, class weights and several labels against slow loops; one answer for each whole scan."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from cohort import save_manifest, save_nifti
 from PIL import Image
+from tiny import Tiny
 from torch import Tensor, nn
 
 from medclr import checkpoint, figures
@@ -18,7 +18,6 @@ from medclr.data.loader import load_batch
 from medclr.data.prepare import prepare
 from medclr.data.store import Store
 from medclr.errors import MedclrError
-from medclr.models.encoder import Encoder
 from medclr.models.heads import ProjectionHead
 from medclr.tasks import classify
 from medclr.tasks.classify import Config, Model, Task
@@ -26,31 +25,6 @@ from medclr.tasks.classify import Config, Model, Task
 VIEWS = ViewsConfig(size_px=16, crop_area=(0.6, 1.0), strength=0.3, noise=0, blur=0, cutout=0)
 DEPTHS = (1, 5, 3, 9, 2, 130)
 LABELS = ("a|b", "b", "c", "|", "", "a")
-
-
-class Tiny(Encoder):
-    """The smallest network that is an encoder: one convolution and batch norm a stage."""
-
-    stem, has_ones = "0.weight", False
-
-    def __init__(self, slices: int = 1) -> None:
-        super().__init__()
-        widths = (slices, 4, 6)
-        self.parts = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.describe(EncoderConfig(slices=slices), 16, widths[1:])
-
-    def pyramid(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for part in self.parts:
-            x = part(x)
-            maps.append(x)
-        return maps
-
-    def stages(self) -> list[list[nn.Module]]:
-        return [[part] for part in self.parts]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +46,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def a_model(task_classes: tuple[str, ...] = ("a", "b", "c"), slices: int = 1, **settings: Any) -> Model:
     """With a classifier and an attention that are not zero."""
     torch.manual_seed(0)
-    model = Model(Config(**settings), Tiny(slices), task_classes)
+    model = Model(Config(**settings), Tiny(EncoderConfig(slices=slices)), task_classes)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model.eval()
@@ -272,10 +246,10 @@ def test_the_classifier_sits_on_the_first_layer_of_the_head(tmp_path: Path) -> N
                 tensor.uniform_(0.5, 1.5)
     checkpoint.export_encoder(tmp_path / "encoder", encoder, {}, head)
     model = Model(Config(layer="projection"), encoder, ("a", "b"))
-    assert [len(stage) for stage in model.stages()] == [1, 1]
+    assert [len(stage) for stage in model.stages()] == [1] * 5
     named = model.start_from(tmp_path)
     assert set(named) == {name for name in model.state_dict() if name.startswith("first.")}
-    assert model.stages() == [[encoder.parts[0]], [encoder.parts[1], model.first]]
+    assert model.stages() == [*encoder.stages()[:-1], [encoder.parts[-1], model.first]]
     x = torch.rand(3, 1, 16, 16)
     model.eval()
     head.eval()
