@@ -357,7 +357,7 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
     encoder, report = start_encoder(wish.init, network, size, store.info.size_px, settings.seed)
     if encoder.config.name != network.name:
         raise MedclrError(
-            f"--init {wish.init}: is a {encoder.config.name}, and the student a {network.name}; choose --student "
+            f"--init {wish.init}: are weights of {encoder.config.name}, and the student is {network.name}; choose --student "
             f"{encoder.config.name}"
         )
     with torch.random.fork_rng(devices=[]):
