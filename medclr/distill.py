@@ -357,8 +357,8 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
     encoder, report = start_encoder(wish.init, network, size, store.info.size_px, settings.seed)
     if encoder.config.name != network.name:
         raise MedclrError(
-            f"--init {wish.init}: are weights of {encoder.config.name}, and the student is {network.name}; choose --student "
-            f"{encoder.config.name}"
+            f"--init {wish.init}: are weights of {encoder.config.name}, and the student is {network.name}; choose "
+            f"--student {encoder.config.name}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

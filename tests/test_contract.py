@@ -1,4 +1,4 @@
-"""What every method, reader and modality must keep to, whoever adds it: these tests ask for what is registered.
+"""What every method, task, reader and modality must keep to, whoever adds it: these tests ask for what is registered.
 
 The contract of transforms is ``TestContract`` in test_augment.py; that every modality's views are images in [0,1] is
 tested in test_augment_views.py.
@@ -18,21 +18,29 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from cohort import save_manifest, save_nifti
 from dicom_files import CT
 from dicom_files import write as write_dicom
 from PIL import Image
 from test_augment_views import a_batch
+from tiny import Tiny, in_place_of, used
 
 import medclr
-from medclr import checkpoint, methods, scans
+from medclr import checkpoint, methods, scans, tasks
 from medclr.augment.views import two_views
 from medclr.config import EncoderConfig, ViewsConfig, to_plain, to_yaml
-from medclr.errors import ScanError
+from medclr.data.loader import load_batch
+from medclr.data.prepare import prepare
+from medclr.data.store import Store
+from medclr.errors import MedclrError, ScanError
+from medclr.finetune import read_wish
 from medclr.methods import PretrainingMethod
 from medclr.models.encoder import build_encoder
+from medclr.outcomes import read_outcome, write_outcome
 from medclr.pretrain import read_settings
 from medclr.scans.modality import MODALITIES, Modality, modality_of
 from medclr.scans.scan import Scan
+from medclr.trained import export_model, load_model
 
 SMALL = {"epochs": 1, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.sample": 16}
 
@@ -161,6 +169,217 @@ def test_a_new_method_is_one_file(new_method: str, image_store: Path, tmp_path: 
     medclr.pretrain(image_store, tmp_path / "run", settings=settings)
     assert "pull: {force: 2.0}" in (tmp_path / "run" / "config.yaml").read_text()
     assert medclr.load_encoder(tmp_path / "run").features == 512
+
+
+# ---- tasks
+
+
+@pytest.fixture(scope="module")
+def labelled_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten MR volumes of ten patients with labels and masks: bright bars that lie or stand, of 2 to 4 slices."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(10):
+        mask = np.zeros((16, 16, 2 + number % 3), dtype=np.uint8)
+        mask[slice(5, 9) if number % 2 else slice(None), slice(None) if number % 2 else slice(5, 9)] = 1
+        voxels = (100 + 80 * mask + rng.normal(0, 5, mask.shape)).astype(np.float32)
+        row = {"path": save_nifti(folder / f"v{number}.nii", voxels), "modality": "MR"}
+        row["mask"] = save_nifti(folder / "masks" / f"v{number}.nii", mask)
+        rows.append(row | {"label": "standing" if number % 2 else "lying", "split": "train" if number < 6 else "test"})
+    prepare(save_manifest(folder / "scans.csv", rows), folder / "store", size_px=16)
+    return folder / "store"
+
+
+VIEWS = ViewsConfig(size_px=16, crop_area=(0.8, 1.0), strength=0.2, noise=0, blur=0, cutout=0)
+
+
+@pytest.mark.parametrize("name", tasks.names())
+class TestTask:
+    @pytest.fixture
+    def task(self, name: str, labelled_store: Path) -> Any:
+        module = tasks.get(name)
+        return module.Task(module.Config(), Store(labelled_store))
+
+    @pytest.fixture
+    def model(self, name: str, task: Any) -> Any:
+        torch.manual_seed(0)
+        return tasks.get(name).Model(task.config, Tiny(EncoderConfig(slices=3)), task.classes)
+
+    def test_settings_are_a_frozen_dataclass_that_explains_itself(self, name: str) -> None:
+        settings = tasks.get(name).Config
+        assert dataclasses.is_dataclass(settings)
+        assert settings.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert settings.__doc__
+        assert undocumented(settings) == []
+
+    def test_its_settings_survive_the_file_of_a_run(self, name: str, tmp_path: Path) -> None:
+        config = tasks.get(name).Config()
+        file = tmp_path / "config.yaml"
+        file.write_text(to_yaml({"task": name, name: to_plain(config)}))
+        wish = read_wish(["--config", str(file), "--store", "s", "--out", "o"])
+        assert wish.own == config
+        assert wish.resolved[name] == to_plain(config)
+
+    def test_knows_what_can_be_learnt_from(self, task: Any) -> None:
+        store = task.store
+        assert task.scans.tolist() == list(range(10))
+        assert set(task.strata) == {scan.patient_id for scan in store.scans}
+        assert len(task.classes) >= 1
+        task.check(task.scans, "the cases")
+        assert len(task.items(task.scans)) >= 10
+        with pytest.raises(MedclrError, match="modality CT"):
+            type(task)(task.config, store, "CT")
+
+    def test_the_loss_is_finite_and_trains_encoder_and_head(self, task: Any, model: Any) -> None:
+        assert isinstance(model, tasks.TaskModel)
+        assert model.classes == task.classes
+        items = task.items(task.scans)[:6]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):  # a head may start at zero, and then nothing reaches the encoder in the first step
+            optimizer.zero_grad()
+            loss = task.loss(model.train(), items, VIEWS, seed=0, step=step)
+            loss.backward()
+            optimizer.step()
+        assert loss.shape == ()
+        assert loss.isfinite()
+        for parameter, weight in model.named_parameters():
+            assert weight.grad is not None, parameter
+            assert weight.grad.isfinite().all(), parameter
+        for part in model.encoder.parts:
+            assert part[0].weight.grad.abs().sum() > 0
+        again = task.loss(model, items, VIEWS, seed=0, step=5)
+        assert torch.equal(again, task.loss(model, items, VIEWS, seed=0, step=5))
+        assert not torch.equal(again, task.loss(model, items, VIEWS, seed=1, step=5))
+
+    def test_infers_of_whole_scans_alike_alone_and_in_a_batch(self, task: Any, model: Any) -> None:
+        used(model).eval()
+        scan = task.store.column("scan")
+        with torch.inference_mode():
+            batch = load_batch(task.store, np.flatnonzero((scan == 2) | (scan == 4)), 3)
+            said = model.infer(batch)
+            alone = model.infer(load_batch(task.store, np.flatnonzero(scan == 4), 3))
+            each = model.slice_logits(torch.rand(5, 3, 16, 16))
+        assert said.ndim in (2, 4)
+        if said.ndim == 2:
+            assert said.shape == (2, len(task.classes))
+            assert each.shape == (5, len(task.classes))
+        else:
+            assert said.shape == (len(batch), len(task.classes) + 1, 16, 16)
+            assert each.shape[:2] == (5, len(task.classes) + 1)
+        assert 0 <= float(said.min()) <= float(said.max()) <= 1 + 1e-5
+        torch.testing.assert_close(said.sum(1), torch.ones_like(said[:, 0]))
+        torch.testing.assert_close(said[-len(alone) :], alone, rtol=1e-4, atol=1e-5)
+
+    def test_a_model_from_disk_says_the_same(
+        self, name: str, task: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        used(model).eval()
+        export_model(tmp_path, name, task.config, model, {"modalities": ["MR"], "patients": ["p"]})
+        with in_place_of("resnet18"):
+            loaded = load_model(tmp_path)
+        assert (loaded.task, loaded.config, loaded.model.classes) == (name, task.config, task.classes)
+        batch = load_batch(task.store, np.arange(5), 3)
+        with torch.inference_mode():
+            assert torch.equal(loaded.model.infer(batch), model.infer(batch))
+
+    def test_judges_into_an_outcome_that_survives_the_file(self, task: Any, model: Any, tmp_path: Path) -> None:
+        used(model).eval()
+        outcome = task.judge(model, task.scans[6:])
+        stored = [task.store.scans[i] for i in task.scans[6:]]
+        assert list(outcome.scan_id) == [scan.scan_id for scan in stored]
+        assert list(outcome.patient_id) == [scan.patient_id for scan in stored]
+        assert outcome.classes == task.classes
+        write_outcome(tmp_path / "predictions.csv", outcome)
+        read = read_outcome(tmp_path / "predictions.csv")
+        assert type(read) is type(outcome)
+        assert read.metrics() == outcome.metrics()
+        for metric in outcome.metrics():
+            assert read.score(metric) == pytest.approx(outcome.score(metric), abs=1e-6, nan_ok=True)
+        task.draw(model, outcome, tmp_path / "figures", "a stamp")
+
+    def test_runs_from_settings_to_scores(self, name: str, labelled_store: Path, tmp_path: Path) -> None:
+        settings = {"steps": 2, "batch": 4, "device": "cpu", "network.slices": 3}
+        with in_place_of("resnet18"):
+            summary = medclr.finetune(labelled_store, tmp_path / "run", task=name, settings=settings)
+            assert load_model(tmp_path / "run").modalities == ("MR",)
+        assert summary.scores.keys() == set(read_outcome(tmp_path / "run" / "predictions.csv").metrics())
+
+
+NEW_TASK = '''
+"""Whether a scan is brighter than another: a task in one file, as a newcomer would write it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from medclr import tasks
+from medclr.augment.views import plain_view
+from medclr.data.loader import load_batch
+from medclr.outcomes import Classified
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of bright."""
+
+    force: float = 1.0
+    """Multiplies the loss."""
+
+
+class Model(tasks.TaskModel):
+    def __init__(self, config, encoder, classes):
+        super().__init__()
+        self.config, self.encoder, self.classes = config, encoder, classes
+        self.head = nn.Linear(encoder.features, 2)
+
+    def infer(self, batch):
+        scan = batch.scan.unique(return_inverse=True)[1]
+        each = self.head(self.encoder(plain_view(batch, self.encoder.size_px))).softmax(1)
+        return torch.stack([each[scan == i].mean(0) for i in range(int(scan.max()) + 1)])
+
+
+class Task(tasks.Task):
+    def __init__(self, config, store, modality=None):
+        self.config, self.store, self.classes = config, store, ("dark", "bright")
+        self.scans = np.arange(len(store.scans))
+        self.strata = {scan.patient_id: "any" for scan in store.scans}
+
+    def check(self, scans, what):
+        pass
+
+    def items(self, scans):
+        return np.flatnonzero(np.isin(self.store.column("scan"), scans)).tolist()
+
+    def loss(self, model, items, views, *, seed, step):
+        x = plain_view(load_batch(self.store, items), model.encoder.size_px)
+        truth = (x.mean((1, 2, 3)) > x.mean()).long()
+        return self.config.force * nn.functional.cross_entropy(model.head(model.encoder(x)), truth)
+
+    def judge(self, model, scans):
+        batch = load_batch(self.store, self.items(scans))
+        with torch.inference_mode():
+            probability = model.infer(batch).numpy().astype(float)
+        who = [self.store.scans[i] for i in scans]
+        truth = np.eye(2, dtype=int)[np.arange(len(scans)) % 2]
+        return Classified([s.scan_id for s in who], [s.patient_id for s in who], self.classes, truth, probability)
+'''
+
+
+def test_a_new_task_is_one_file(labelled_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "bright.py").write_text(NEW_TASK)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "tasks")])
+    assert "bright" in tasks.names()
+    settings = {"steps": 2, "batch": 4, "device": "cpu", "bright.force": 2.0}
+    with in_place_of("resnet18"):
+        summary = medclr.finetune(labelled_store, tmp_path / "run", task="bright", settings=settings)
+        assert load_model(tmp_path / "run").task == "bright"
+    sys.modules.pop("medclr.tasks.bright")
+    assert "macro AUC" in summary.scores
+    assert "bright: {force: 2.0}" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 # ---- readers
