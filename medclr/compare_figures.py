@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from medclr.compare_results import NAMES, Results, Row, per_patient, pooled
+from medclr.compare_results import NAMES, Results, Row, lower_is_better, per_patient, pooled
 from medclr.figures import COLOURS, INK, plain_axes
 from medclr.outcomes import Classified
 from medclr.statistics import reliability
@@ -57,7 +57,7 @@ def metrics_figure(results: Results, protocol: str, metrics: Sequence[str]) -> F
     axes = plain_axes(figure, lines, columns)
     for metric, axis in zip(metrics, axes, strict=False):
         _curves(axis, results, protocol, metric)
-        better = " (lower is better)" if metric.startswith(("HD95", "mean HD95")) else ""
+        better = " (lower is better)" if lower_is_better(metric) else ""
         axis.set_title(f"{metric}{better}", fontsize=9, color=INK, loc="left")
     for axis in axes[len(metrics) :]:
         axis.set_visible(False)
@@ -131,7 +131,8 @@ def scatter_figure(results: Results, protocol: str, budgets: Sequence[str]) -> F
         known = np.append(x, y)[np.isfinite(np.append(x, y))]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
         room = max(0.05 * (high - low), 0.03)
-        axis.set(xlim=(low - room, high + room), ylim=(low - room, high + room), aspect="equal")
+        ends = max(low - room, -0.02), min(high + room, 1.02)
+        axis.set(xlim=ends, ylim=ends, aspect="equal")
         axis.set_ylabel(textwrap.fill(name, 26), fontsize=8.5, color=INK)
         axis.set_xlabel(plan.referred, fontsize=8.5, color=INK)
     if any(groups.values()):

@@ -14,7 +14,7 @@ from medclr.compare_figures import (
     metrics_figure,
     scatter_figure,
 )
-from medclr.compare_results import NAMES, Results, Row, in_words, many_or_few, per_patient, verdicts
+from medclr.compare_results import NAMES, Results, Row, further, in_words, many_or_few, per_patient, verdicts
 from medclr.config import to_plain
 from medclr.figures import save
 from medclr.outcomes import Classified
@@ -42,7 +42,8 @@ class _Report:
         first = results.rows[0]
         self.seeds, self.patients = first.seeds, first.test_patients
         self.title = self.plan.title or self.plan.store.resolve().name
-        counts = f"{self.patients} test patients, {self.seeds} seed{'' if self.seeds == 1 else 's'}"
+        self.seeds_words = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        counts = f"{self.patients} test patients, {self.seeds_words}"
         self.page = Page(f"{self.title}: {counts}", f"medclr compare: {', '.join(self.plan.inits)}")
         self.others = [name for name in self.plan.inits if name != self.plan.referred]
 
@@ -119,7 +120,7 @@ class _Report:
                     f"{best.mean:.3f} [{best.low:.3f}, {best.high:.3f}]."
                 )
         bands = (
-            f"Mean over {self.seeds} seeds; bands are 95 % intervals over the {self.patients} test patients. Bands "
+            f"Mean over {self.seeds_words}; bands are 95 % intervals over the {self.patients} test patients. Bands "
             "that overlap do not rule a difference out, because all inits are judged on the same patients: see the "
             "paired differences below."
         )
@@ -158,7 +159,7 @@ class _Report:
             "over patients and seeds",
             "a difference?",
         ]
-        n = f"{self.metric}, {self.seeds} seeds, {self.patients} test patients, 95 % intervals."
+        n = f"{self.metric}, {self.seeds_words}, {self.patients} test patients, 95 % intervals."
         self.page.table(header, rows, self._stamped(n))
 
     def _equivalents(self) -> None:
@@ -252,17 +253,8 @@ class _Report:
             return
         self.page.section("Other metrics")
         for protocol in results.protocols:
-            told: list[str] = []
-            for metric in metrics:
-                rows = [row for row in results.of(protocol, metric) if row.reference]
-                told.extend(f"{row.init} in {metric} at {row.patients}" for row in rows if row.is_decided)
-            which = (
-                f"Paired intervals against {self.plan.referred} that exclude zero: {'; '.join(told)}."
-                if told
-                else "Against the reference no paired interval excludes zero: the data do not support a difference."
-            )
             caption = f"{NAMES[protocol]}: mean over seeds and 95 % intervals over test patients. "
-            caption += which if self.others else ""
+            caption += further(results, protocol) if self.others else ""
             self._draw(f"metrics-{protocol}", metrics_figure(results, protocol, metrics), caption.strip())
 
     def _scores(self) -> None:
@@ -277,7 +269,7 @@ class _Report:
             "over patients",
             "over patients and seeds",
         ]
-        caption = f"Mean over {self.seeds} seeds; 95 % intervals. Every metric stands in results.csv."
+        caption = f"Mean over {self.seeds_words}; 95 % intervals. Every metric stands in results.csv."
         self.page.table(header, rows, self._stamped(caption))
 
     def _times(self) -> None:

@@ -317,6 +317,25 @@ def _by(rows: Sequence[Row]) -> str:
     return f"by {min(row.difference for row in rows):+.3f} to {max(row.difference for row in rows):+.3f}"
 
 
+def lower_is_better(metric: str) -> bool:
+    """Of distances."""
+    return metric.startswith(("HD95", "mean HD95"))
+
+
+def further(results: Results, protocol: str) -> str:
+    """Where the paired intervals of the metrics after the first exclude zero, in a sentence."""
+    reference, told = results.plan.referred, []
+    for init in (name for name in results.plan.inits if name != reference):
+        for metric in results.metrics[1:]:
+            rows = [row for row in results.of(protocol, metric, init) if row.is_decided]
+            for word, is_better in (("better", True), ("worse", False)):
+                if chosen := [row for row in rows if ((row.difference < 0) == lower_is_better(metric)) is is_better]:
+                    told.append(f"{init} is {word} in {metric} at {in_words(chosen)}")
+    if told:
+        return f"Where the paired interval against {reference} excludes zero: {'; '.join(told)}."
+    return f"No paired interval against {reference} excludes zero: the data do not support a difference."
+
+
 def in_words(rows: Sequence[Row]) -> str:
     """``5, 10 and 20 patients``."""
     numbers = list(dict.fromkeys(str(row.patients) for row in rows))
