@@ -202,6 +202,7 @@ def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
     try:
         if files.sha256(path) != checksum:
             raise MedclrError(f"{path}: does not match its checksum in encoder.json; export the encoder again")
-        return safetensors.torch.load_file(path)
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise MedclrError(f"{path}: cannot be read ({error}); export the encoder again") from error
+    return tensors

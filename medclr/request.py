@@ -3,26 +3,16 @@
 An existing run is resumed by the same settings and by no others, except for those that cannot change its result.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from medclr import methods
-from medclr.config import (
-    PretrainConfig,
-    dataclass_options,
-    differences,
-    option_parser,
-    parse,
-    read_yaml,
-    to_plain,
-    to_yaml,
-)
+from medclr.config import PretrainConfig, chosen_first, dataclass_options, option_parser, parse, to_plain
 from medclr.data.leave_out import pinned
-from medclr.errors import MedclrError
-from medclr.files import LOCK_NAME, write_text
+from medclr.files import LOCK_NAME
+from medclr.runs import open_folder
 from medclr.track import Backend
 
 RUN_FILES = {
@@ -61,7 +51,7 @@ def read_settings(arguments: Sequence[str]) -> Request:
     Raises:
         MedclrError: an unknown setting, a wrong type, or a value that cannot work.
     """
-    name = _chosen_method(arguments)
+    name = chosen_first(arguments, "method") or PretrainConfig.method
     module = methods.get(name)
 
     def add(parser: Any) -> None:
@@ -80,43 +70,10 @@ def read_settings(arguments: Sequence[str]) -> Request:
     return Request(options.store, options.out, options.track, options.overwrite, settings, own)
 
 
-def _chosen_method(arguments: Sequence[str]) -> str:
-    """The method decides which settings exist, so it is read before them: option first, then file, then default."""
-    import argparse
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    first.add_argument("--config", type=Path)
-    chosen, _ = first.parse_known_args(list(arguments))
-    return str(
-        chosen.method or (read_yaml(chosen.config).get("method") if chosen.config else None) or PretrainConfig.method
-    )
-
-
 def open_run(request: Request) -> None:
     """Make the run folder, or accept one with the same settings.
 
     Raises:
         MedclrError: it holds another run, or something that no run wrote.
     """
-    out, existing = request.out, request.out / "config.yaml"
-    if not existing.exists():
-        if out.exists() and (not out.is_dir() or any(p.name != LOCK_NAME for p in out.iterdir())):
-            raise MedclrError(f"{out}: exists and is not a run of medclr; choose another --out")
-    elif request.overwrite:
-        if strange := sorted(p.name for p in out.iterdir() if p.name not in RUN_FILES):
-            raise MedclrError(
-                f"{out}: holds {strange[0]}, which no run wrote, and is not overwritten; choose another --out"
-            )
-        for name in RUN_FILES - {LOCK_NAME, existing.name}:  # killed meanwhile, it still is a run
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    else:
-        changed = differences(read_yaml(existing), request.resolved)
-        telling = [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if name not in HARMLESS]
-        if telling:
-            advice = "choose another --out, or --overwrite true"
-            raise MedclrError(f"{out}: holds a run with other settings ({'; '.join(telling)}); {advice}")
-        if not changed:
-            return
-    write_text(existing, to_yaml(request.resolved))
+    open_folder(request.out, request.resolved, RUN_FILES, HARMLESS, overwrite=request.overwrite)
