@@ -167,6 +167,7 @@ def test_float16_goes_on_with_its_scale_of_the_loss(image_store, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by torch's own compiler, when it is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile warns of what it imports itself
 def test_a_run_goes_on_on_another_device_and_compiled(run, image_store, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
