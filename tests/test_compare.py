@@ -330,6 +330,7 @@ def script(plan: CompareConfig, out: Path, run: str) -> list[str]:
         "from pathlib import Path, PosixPath\nimport test_compare\nfrom medclr.compare import run_comparison\n"
         "from medclr.compare_plan import CompareConfig, InitConfig\n"
         "if __name__ == '__main__':\n"
+        "    import signal\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
         f"    plan = {plan!r}\n"
         f"    run_comparison(plan, Path({str(out)!r}), run=test_compare.{run})\n"
     )
