@@ -167,20 +167,21 @@ def _train(request: Request) -> RunSummary:
     settings = request.settings
     group = Group.from_environment(settings.device)
     try:
+        with group.together():
+            device = _device(settings.device)
+            store = Store(request.store)
+            indices = store.indices(settings.data.split)  # [n]
+            if settings.data.leave_out:
+                indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
+            plan = plan_of(settings.batch, settings.chunk, group)
+            share, per_scan = (plan.rows, plan.pieces), settings.data.slices_per_scan
+            pinned = device.type == "cuda"
+            loader = Loader(store, indices, settings.batch, settings.seed, *share, per_scan, pinned=pinned)
+            check(request.track)
+            keep_freed_memory()
+            method = _build(request, group, device)
         with contextlib.ExitStack() as held:
             with group.together():
-                device = _device(settings.device)
-                store = Store(request.store)
-                indices = store.indices(settings.data.split)  # [n]
-                if settings.data.leave_out:
-                    indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
-                plan = plan_of(settings.batch, settings.chunk, group)
-                share, per_scan = (plan.rows, plan.pieces), settings.data.slices_per_scan
-                pinned = device.type == "cuda"
-                loader = Loader(store, indices, settings.batch, settings.seed, *share, per_scan, pinned=pinned)
-                check(request.track)
-                keep_freed_memory()
-                method = _build(request, group, device)
                 if group.is_first:  # after all else that can be refused: a run that never started leaves nothing
                     held.enter_context(alone(request.out))
                     open_run(request)
