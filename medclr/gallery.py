@@ -268,7 +268,8 @@ def scatter(panels: Mapping[str, tuple[ArrayLike, ArrayLike]], x: str, y: str, *
     figure = Figure(figsize=(3.3 * len(panels), 3.3), layout="constrained")
     axes = plain_axes(figure, 1, len(panels))
     for axis, colour, (title, (across, up)) in zip(axes, COLOURS * len(panels), panels.items(), strict=False):
-        axis.scatter(across, up, s=5, color=colour, alpha=0.5, linewidths=0)
+        size = float(np.clip(3000 / max(np.size(up), 1), 5, 40))
+        axis.scatter(across, up, s=size, color=colour, alpha=0.5, linewidths=0)
         axis.set_title(title, fontsize=10, color=INK, loc="left")
         axis.set_xlabel(x, fontsize=8, color=INK)
         if diagonal:

@@ -15,6 +15,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 import types
@@ -49,7 +50,7 @@ def read_source(path: Path) -> list[Cell]:
             name = line.removeprefix("# %%").strip()
             cells.append(("markdown" if name == "[markdown]" else "code", name, []))
         elif cells:
-            cells[-1][2].append(line.removeprefix("# ").removeprefix("#") if cells[-1][0] == "markdown" else line)
+            cells[-1][2].append(re.sub("^# ?", "", line) if cells[-1][0] == "markdown" else line)
     return [Cell(kind, name, "\n".join(lines).strip("\n")) for kind, name, lines in cells]
 
 

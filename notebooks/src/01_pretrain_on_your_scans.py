@@ -6,7 +6,7 @@
 # features, a few labelled patients go further. This notebook makes an encoder from a folder of scans and looks at every
 # step on the way.
 #
-# It runs as it is, on invented ("phantom") patients, in three to four minutes on two cores. For your own scans, change
+# It runs as it is, on invented ("phantom") patients, in about two minutes on two cores. For your own scans, change
 # `SCANS` in the next cell and run all cells again. Nothing is sent anywhere.
 
 # %% parameters
@@ -150,16 +150,18 @@ gallery.read_picture(run / "figures" / "curves.png")
 # %% [markdown]
 # **Look at**
 #
-# - the **loss**: it starts near log(2 x BATCH - 1), here 4.84, where all slices look alike to the encoder, and must
-#   fall.
+# - the **loss**: it starts at or above log(2 x BATCH - 1), here 4.84, where all slices look alike to the encoder, and
+#   must fall.
 # - the **effective rank**: how many directions the embeddings use. It should stay far above 1.
 # - the **uniformity**: 0 means that all embeddings are equal, -4 that they are spread evenly. It must fall.
-# - **kNN** (only with labels): how often the nearest slices of *other patients* have the same label. Slices of a
-#   patient with a lesion mostly show no lesion, so it stays near guessing (0.5 for two classes) here.
+# - **kNN** (only with labels): how often the nearest slices of *other patients* have the same label. For two classes,
+#   0.5 is guessing. Here it tells nothing: most slices of a patient with lesions show none. It even lies below 0.5,
+#   because a patient who is left out leaves more of the *other* class among the few who remain.
+# - the **speed**. (The machine that ran this was busy with other work; so are the times printed on this page.)
 #
-# **Warning signs:** a loss that stays at its start; an effective rank below 2 or a uniformity at 0 after the first
-# epochs (the encoder *collapsed*: it says the same of every slice; medclr warns of it). Then lower `optim.lr`, or take
-# a larger `batch`.
+# **Warning signs:** a loss that stays at its start; an effective rank below 2, or a uniformity that never leaves 0 (the
+# encoder *collapsed*: it says the same of every slice; medclr warns of it). Then lower `optim.lr`, or take a larger
+# `batch`.
 #
 # Curves can look fine while the features are useless, so look at the slices, too. Each row below begins with a slice;
 # beside it are the five slices of **other patients** whose features are nearest. They should show the same part of the
