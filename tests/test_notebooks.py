@@ -19,7 +19,7 @@ SOURCES = sorted((FOLDER / "src").glob("*.py"))
 TINY: dict[str, dict[str, Any]] = {
     "01_pretrain_on_your_scans": {"PATIENTS": 4, "EPOCHS": 1, "BATCH": 16, "SIZE_PX": 24},
     "02_few_labels_vs_imagenet_classification": {
-        "PATIENTS": 16, "EPOCHS": 1, "BATCH": 8, "SIZE_PX": 24, "BUDGETS": [2, 4], "SEEDS": 1, "STEPS": 2,
+        "PATIENTS": 16, "EPOCHS": 1, "BATCH": 8, "SIZE_PX": 72, "BUDGETS": [2, 4], "SEEDS": 1, "STEPS": 2,
     },
     "03_few_labels_segmentation": {
         "PATIENTS": 6, "EPOCHS": 1, "BATCH": 8, "SIZE_PX": 24, "CASES": 2, "STEPS": 2,

@@ -4,8 +4,8 @@
 # A score says *how good* features are, not *what* they hold. This notebook looks: which slices are neighbours, what the
 # clusters are, what is mixed up with what, and whether the same slice stands twice in the data.
 #
-# It goes on with what notebook 1 left in `medclr_work` (then it takes half a minute on two cores), or makes it first
-# (then three minutes more). For your own scans, set `SCANS` as in notebook 1.
+# It goes on with what notebook 1 left in `medclr_work` (then it takes half a minute), or makes it first (then two
+# minutes more, on two cores). For your own scans, set `SCANS` as in notebook 1.
 
 # %% parameters
 from pathlib import Path
@@ -123,7 +123,7 @@ gallery.maps(points, {**colours, "patient": [name[:8] for name in patient]})
 
 # %%
 first = nearest["this encoder"].nearest[:, 0]
-gallery.mixed_up({name: (values, values[first]) for name, values in colours.items() if len({*values}) > 1})
+gallery.mixed_up({name: (values, values[first]) for name, values in colours.items()})
 
 # %% [markdown]
 # Mixed-up slices are worth looking at, one by one: they show what the encoder goes by. Here are those whose neighbour
