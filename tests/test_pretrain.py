@@ -238,7 +238,7 @@ def test_overwriting_that_was_interrupted_can_be_asked_for_again(run, image_stor
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("medclr.request.write_text", interrupted)
+        patched.setattr("medclr.runs.write_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True)
     assert medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1}, overwrite=True).steps == 6
