@@ -32,7 +32,7 @@ from medclr.data.store import Store
 from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError, Terminated
 from medclr.files import alone
-from medclr.finetune import Wish, finetune, read_wish
+from medclr.finetune import Wish, finetune, read_wish, scans_of
 from medclr.models.start import start_encoder
 from medclr.outcomes import Classified, write_outcome
 from medclr.probe import logistic, standardise
@@ -111,7 +111,9 @@ def check(plan: CompareConfig) -> dict[str, int]:
             if "probe" in plan.protocols and wish.settings.network.slices > 1:
                 raise MedclrError("a probe sees each slice alone; set network.slices to 1, or take finetune alone")
             for budget in plan.budgets:
-                cases = choose_cases(store, task.strata, str(budget), seed=0, test_share=plan.test_share)
+                for seed in range(plan.seeds):
+                    cases = choose_cases(store, task.strata, str(budget), seed=seed, test_share=plan.test_share)
+                    task.check(scans_of(task, store, cases.train), f"the cases of budget {budget}, seed {seed},")
             encoder, _ = start_encoder(
                 init.encoder, wish.settings.network, wish.settings.size_px, store.info.size_px, seed=0
             )

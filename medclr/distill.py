@@ -280,6 +280,7 @@ def _distill(wish: Wish) -> DistillSummary:
             "settings": wish.resolved,
             "manifest_sha256": store.info.manifest_sha256,
             "modalities": sorted({store.scans[int(i)].modality for i in scans}),
+            "planes": sorted({store.scans[int(i)].plane for i in scans} - {""}),
             "patients": sorted(patients | trained.patients | model.encoder.seen_patients),
             "transductive": bool(stamp),
             "stamp": stamp,

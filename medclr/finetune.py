@@ -287,7 +287,8 @@ def train(wish: Wish) -> FinetuneSummary:
     origin = {"store": store.info.manifest_sha256, "cases": digest(cases.csv(task.strata))}
     if report is not None:
         origin["encoder"] = digest_of(encoder)
-    model.to(device)
+    # Convolutions of few channels, depthwise ones above all, are up to 1.5 times as fast in this order of memory.
+    model.to(device, memory_format=torch.channels_last)
     with alone(wish.out):
         open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
         write_cases(wish.out / "cases.csv", cases, task.strata)
@@ -385,12 +386,12 @@ def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stam
     scores = {metric: interval([outcome], metric) for metric in outcome.metrics()}
     write_scores(out / "scores.csv", scores, stamp)
     trained = set(cases.train) | set(cases.validation)
+    learnt = [scan for i in task.scans if (scan := store.scans[int(i)]).patient_id in trained]
     facts = {
         "settings": wish.resolved,
         "manifest_sha256": store.info.manifest_sha256,
-        "modalities": sorted(
-            {store.scans[int(i)].modality for i in task.scans if store.scans[int(i)].patient_id in trained}
-        ),
+        "modalities": sorted({scan.modality for scan in learnt}),
+        "planes": sorted({scan.plane for scan in learnt if scan.plane}),
         "patients": sorted(trained | model.encoder.seen_patients),
         "transductive": bool(stamp),
         "stamp": stamp,

@@ -26,7 +26,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -171,8 +171,8 @@ def predict(
         out: Folder to write; new, or left by the same command.
         modality: What files show that do not say it themselves: CT, MR, XR, US, PT, NM or OT.
         policy: What to do with scans that are not plain.
-        plane: How NIfTI volumes are cut into slices; if not given, across their coarsest spacing. Give what was given
-            for training.
+        plane: How NIfTI volumes are cut into slices; if not given, as those that the model learnt from, if they were all
+            of one plane, else across their coarsest spacing.
         threshold: Where several classes can be true: those of at least this probability are.
         dicom_seg: Whether masks of DICOM scans are written as DICOM SEG as well, which name the patient.
         keep_paths: Write paths into the tables and messages, not opaque ids.
@@ -190,6 +190,8 @@ def predict(
     key_file = Path(key_file) if key_file else default_key_file()
     key = Pseudonyms(load_key(key_file))
     namer = Namer(key, key_file, keep_paths)
+    if plane is None and len(learnt := trained.facts.get("planes", [])) == 1 and learnt[0] in get_args(Plane):
+        (plane,) = learnt
     asked = {"modality": shows, "policy": asdict(policy), "plane": plane, "threshold": threshold}
     asked |= {"dicom_seg": dicom_seg, "keep_paths": keep_paths, "key": key.name}
     claim = {

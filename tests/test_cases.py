@@ -63,6 +63,21 @@ def test_nobody_validates_where_a_class_would_be_missing_on_one_side() -> None:
     strata = {f"p{i:03d}": "rare" if i == 1 else "usual" for i in range(30)}
     splits = {p: "test" if i >= 25 else "train" for i, p in enumerate(strata)}
     assert choose_cases(a_store(splits), strata, "100%", seed=0).validation == ()
+    asked = choose_cases(a_store(splits), strata, "100%", seed=0, validation=0.2)
+    assert len(asked.validation) == 5 and "p001" in asked.train
+
+
+def test_a_share_that_cannot_be_held_out_is_refused() -> None:
+    with pytest.raises(MedclrError, match=r"validation 0.2: 3 cases are too few to train and to validate"):
+        choose_cases(STORE, STRATA, "3", seed=0, validation=0.2)
+
+
+def test_a_budget_below_the_number_of_strata_holds_the_commonest() -> None:
+    strata = {f"p{i:03d}": "both" if i % 10 else "anterior" for i in range(40)}
+    splits = {p: "test" if i >= 30 else "train" for i, p in enumerate(strata)}
+    for seed in range(5):
+        (one,) = choose_cases(a_store(splits), strata, "1", seed=seed).train
+        assert strata[one] == "both"
 
 
 @pytest.mark.parametrize("budget", ["7", "25", "30%"])
@@ -143,7 +158,6 @@ def test_a_file_that_cannot_work_is_one_sentence(text: str | bytes, sentence: st
     ("wanted", "sentence"),
     [
         ("67", "--cases 67: label budget 67: there are only 66"),
-        ("2", "fewer patients than the 3 classes"),
         ("0", "'0': write a number of patients"),
         ("-3", "write a number"),
         ("1.5", "write a number"),

@@ -418,7 +418,7 @@ def test_an_encoder_that_saw_a_test_patient_stops_it_or_is_stamped(
 def test_what_would_stop_a_cell_stops_before_the_first(image_store: Path, tmp_path: Path) -> None:
     for changes, sentence in (
         ({"budgets": (4, 1000)}, "1000"),
-        ({"budgets": (1,)}, "fewer patients than the 2 classes"),
+        ({"budgets": (1,)}, "none of the cases of budget 1, seed 0, has label"),
         ({"settings": {"stepps": 1}}, "--steps"),
         ({"inits": {"a": InitConfig("nowhere")}}, "inits.a: "),
         ({"modality": "CT"}, "CT"),

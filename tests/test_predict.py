@@ -107,11 +107,11 @@ def encoder() -> Any:
 def export(encoder: Any, tmp_path: Path) -> Export:
     """Writes one of the two models and returns its run folder."""
 
-    def write_model(task: str, *, patients: tuple[str, ...] = (), **config: Any) -> Path:
+    def write_model(task: str, *, patients: tuple[str, ...] = (), planes: tuple[str, ...] = (), **config: Any) -> Path:
         settings = Config(**config)
         model = {"shades": Shades, "shares": Shares}[task](settings, encoder, ("grey", "white"))
-        facts = {"modalities": ["CT", "MR"], "patients": list(patients)}
-        run = tmp_path / f"run {task}{len(patients)}"
+        facts = {"modalities": ["CT", "MR"], "patients": list(patients), "planes": list(planes)}
+        run = tmp_path / f"run {task}{len(patients)}{''.join(planes)}"
         export_model(run / "model", task, settings, model, facts)
         return run
 
@@ -477,6 +477,28 @@ def test_patients_from_whom_the_model_learnt_are_marked(export: Export, tmp_path
     assert [row["patient_id"] for row in table(tmp_path / "b" / "scores.csv") if row["learnt_from"] == "1"] == [known]
     assert "learnt" not in str(before)
     assert "1 of them are of patients from whom the model learnt" in str(after)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "given", "cut"),
+    [(("coronal",), None, "coronal"), (("coronal",), "axial", "axial"), (("axial", "coronal"), None, None)],
+)
+def test_volumes_are_cut_as_those_that_were_learnt(
+    learnt: tuple[str, ...], given: Any, cut: str | None, export: Export, tmp_path: Path
+) -> None:
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    nib.save(nifti("plain"), scans / "a.nii")
+    module = importlib.import_module("medclr.predict")
+    depths = []
+    with pytest.MonkeyPatch.context() as patch:
+        ask = module._ask
+        patch.setattr(
+            module, "_ask", lambda job, entry, row, one: depths.append(row.n_slices) or ask(job, entry, row, one)
+        )
+        predict([scans], export("shares", planes=learnt), out, modality="MR", plane=given, key_file=tmp_path / "key")
+    assert json.loads((out / "prediction.json").read_text())["plane"] == cut
+    assert depths == [16 if cut == "coronal" else 6]
 
 
 # ---- interruption

@@ -48,6 +48,12 @@ def test_impossible_budgets(budget: float, message: str) -> None:
         label_budgets({f"p{i}": "ab"[i % 2] for i in range(6)}, [budget], seed=0)
 
 
+def test_a_budget_need_not_hold_every_class() -> None:
+    labels = {f"p{i}": "aab"[i % 3] for i in range(9)}
+    (one,) = label_budgets(labels, [1], seed=0, every_class=False)[1]
+    assert labels[one] == "a"
+
+
 def test_patient_labels_takes_the_commonest() -> None:
     pairs = [("p", "b"), ("p", "a"), ("p", "b"), ("q", "b"), ("q", "a"), ("r", "")]
     assert patient_labels(pairs) == {"p": "b", "q": "a"}

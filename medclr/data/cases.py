@@ -7,6 +7,7 @@ labels cost as much.
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def choose_cases(
         test_share: of the patients, by a hash of the id, where the manifest names no splits.
 
     Raises:
-        MedclrError: a budget that the labelled training patients cannot meet, an unknown patient, or one in two splits.
+        MedclrError: a budget that the labelled training patients cannot meet, or of which the share cannot be held out;
+            an unknown patient, or one in two splits.
     """
     path, budget = Path(wanted), _budget(wanted)
     listed = _read(path) if budget is None else {}
@@ -142,10 +144,16 @@ def choose_cases(
     else:
         assert budget is not None
         try:
-            (chosen,) = label_budgets(pool, [budget], seed).values()
+            # A patient of one stratum can show several classes, so whether a budget shows all is the task's to say.
+            (chosen,) = label_budgets(pool, [budget], seed, every_class=False).values()
         except MedclrError as error:
             raise MedclrError(f"--cases {wanted}: {error}") from None
     held = _hold_out({patient: pool[patient] for patient in chosen}, seed, validation)
+    if validation and not held:
+        raise MedclrError(
+            f"validation {validation}: {len(chosen)} cases are too few to train and to validate on each kind of patient; "
+            "take more cases, or set validation to 0"
+        )
     return Cases(tuple(sorted(set(chosen) - held)), tuple(sorted(held)), test)
 
 
@@ -205,15 +213,20 @@ def _roles(path: Path, listed: Mapping[str, str]) -> Cases:
 
 
 def _hold_out(chosen: Mapping[str, str], seed: int, share: float | None) -> set[str]:
-    """The validation patients: at least one of each stratum stays, and one validates, or there are none."""
+    """The validation patients: at least one of each stratum stays, and one validates, or there are none.
+
+    A share that was asked for leaves a stratum of one patient to training; else such a stratum means that none validate.
+    """
+    counts = Counter(chosen.values())
     if share is None:
-        share = 0.2 if len(chosen) >= VALIDATED else 0.0
-    strata = set(chosen.values())
+        share = 0.2 if len(chosen) >= VALIDATED and min(counts.values()) > 1 else 0.0
+    pool = {patient: stratum for patient, stratum in chosen.items() if counts[stratum] > 1}
+    strata = set(pool.values())
     n = max(round(share * len(chosen)), len(strata)) if share else 0
-    if n == 0 or min(list(chosen.values()).count(stratum) for stratum in strata) < 2 or n > len(chosen) - len(strata):
+    if n == 0 or n > len(pool) - len(strata):
         return set()
-    (held,) = label_budgets(chosen, [n], seed + 1).values()
-    return set(held) if {chosen[p] for p in chosen.keys() - set(held)} == strata else set()
+    (held,) = label_budgets(pool, [n], seed + 1, every_class=False).values()
+    return set(held) if {pool[p] for p in pool.keys() - set(held)} == strata else set()
 
 
 def _read(path: Path) -> dict[str, str]:

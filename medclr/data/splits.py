@@ -53,7 +53,7 @@ def patient_labels(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def label_budgets(
-    patients: Mapping[str, str], budgets: Sequence[int | float], seed: int
+    patients: Mapping[str, str], budgets: Sequence[int | float], seed: int, *, every_class: bool = True
 ) -> dict[int | float, list[str]]:
     """Nested, stratified subsets of patients: whoever is among the 5 is also among the 10.
 
@@ -65,9 +65,10 @@ def label_budgets(
         budgets: a whole number counts patients; a fraction (a float, at most 1.0) is a part of them, rounded, and at
             least one patient a class.
         seed: another seed gives other subsets.
+        every_class: refuse a budget smaller than the number of classes; else it holds the commonest classes.
 
     Raises:
-        MedclrError: a budget is larger than the patients there are, or smaller than the number of classes.
+        MedclrError: a budget is larger than the patients there are, or does not hold every class.
     """
     queues: dict[str, list[str]] = {label: [] for label in sorted(set(patients.values()))}
     for patient in sorted(patients, key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest()):
@@ -92,7 +93,7 @@ def label_budgets(
         n = max(n_classes, round(budget * total)) if is_fraction else int(budget)
         if n > total:
             raise MedclrError(f"label budget {budget}: there are only {total} labelled patients to train on")
-        if n < n_classes:
+        if every_class and n < n_classes:
             raise MedclrError(f"label budget {budget}: fewer patients than the {n_classes} classes")
         subsets[budget] = order[:n]
     return subsets

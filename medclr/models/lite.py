@@ -17,6 +17,9 @@ LEVELS = (0, 2, 4, 10)
 
 CHANNELS = (16, 24, 40, 112, 1280)
 
+SMALLEST_PX = 32
+"""Of fewer pixels, the padded map of 1/16 is smaller than a kernel of 5 x 5."""
+
 RESNET_ONLY = {"width": 1, "stem": "auto"}
 """Settings of ResNets that this network does not have, at the value that leaves it as it is."""
 
@@ -29,7 +32,7 @@ class EfficientNetLite0(Encoder):
     made for 100,000 steps; and no block is dropped at random, so that a step depends on nothing but its images.
 
     Raises:
-        MedclrError: the optional package is not installed.
+        MedclrError: the optional package is not installed, the images are too small, or a setting is of ResNets.
     """
 
     stem = "_conv_stem.weight"
@@ -46,6 +49,11 @@ class EfficientNetLite0(Encoder):
         for name, value in RESNET_ONLY.items():
             if getattr(config, name) != value:
                 raise MedclrError(f"encoder.{name}: is of ResNets; efficientnet-lite0 goes with {value}")
+        if size_px < SMALLEST_PX:
+            raise MedclrError(
+                f"encoder.name efficientnet-lite0: takes images of at least {SMALLEST_PX} px, and these have {size_px}; "
+                "enlarge them, or choose a ResNet"
+            )
         net = EfficientNet.from_name("efficientnet-lite0")
         stem = net._conv_stem
         stem.in_channels = config.slices + 1
