@@ -183,11 +183,11 @@ class Step:
         self, batches: Iterator[Batch], draws: Draws, stop: StopRequest
     ) -> tuple[Tensor, Mapping[str, Tensor], Facts]:
         batch = next(batches)
-        views = self._views(batch, draws, *self._plan.passes[0])  # [2b,1,s,s]
+        inputs = self._inputs(batch, draws, *self._plan.passes[0])  # [2b,...] each
         stop.check()
         with self._asking(stop):
             with self._autocast():
-                z = self._network(views)  # [2b,E]
+                z = self._network(*inputs)  # [2b,E]
             za, zb = z.chunk(2)  # [b,E] each
             loss, logs = self._method.objective(za, zb, batch.to(self._device), self._group)
             self.scaler.scale(loss).backward()
@@ -225,7 +225,7 @@ class Step:
         with torch.no_grad(), _still_statistics(self._method), self._autocast():
             for rows, views in passes:
                 batch = piece()
-                embeddings.append(self._module(self._views(batch, draws, rows, views)))
+                embeddings.append(self._module(*self._inputs(batch, draws, rows, views)))
                 if views == (0,):
                     known.append(batch.facts())
         z = embeddings[0].new_empty(2, len(self._plan.rows), *embeddings[0].shape[1:])  # [2,b,E]
@@ -239,17 +239,19 @@ class Step:
         for number, (rows, views) in enumerate(passes):
             is_last = number == len(passes) - 1
             with contextlib.nullcontext() if is_last else self._group.unsynchronised(self._network):
-                inputs = self._views(piece(), draws, rows, views)
+                inputs = self._inputs(piece(), draws, rows, views)  # [m,...] each
                 with self._autocast():
-                    embedding = self._network(inputs)  # [m,E]
+                    embedding = self._network(*inputs)  # [m,E]
                 embedding.backward(z.grad[views[0], rows])
         return loss.detach(), logs, facts
 
-    def _views(self, batch: Batch, draws: Draws, rows: Rows, views: tuple[int, ...]) -> Tensor:
-        """Views of a piece that holds the ``rows`` of this process: [len(views) * m,1,s,s]."""
+    def _inputs(self, batch: Batch, draws: Draws, rows: Rows, views: tuple[int, ...]) -> list[Tensor]:
+        """Views [len(views) * m,1,s,s] of a piece that holds the ``rows`` of this process, and what the method adds."""
         here = torch.from_numpy(self._plan.rows[rows])  # [m], rows of the global batch
         made = [draws.view(batch, view, here, self._device) for view in views]
-        return torch.cat(made).to(self._dtype, memory_format=torch.channels_last)
+        added = zip(*(self._method.inputs(batch, draws, view, here) for view in views), strict=True)
+        others = [torch.cat(parts).to(self._device, self._dtype, non_blocking=True) for parts in added]
+        return [torch.cat(made).to(self._dtype, memory_format=torch.channels_last), *others]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)

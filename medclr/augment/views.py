@@ -121,6 +121,11 @@ class Draws:
             self._drawn[view, modality.name] = chain, params
         return self._drawn[view, modality.name]
 
+    def generator(self, name: str, row: int) -> np.random.Generator:
+        """For what else is drawn for a row of the global batch: a function of (seed, step, name, row)."""
+        key = np.random.SeedSequence([*self._key, zlib.crc32(name.encode())]).generate_state(2, np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row]))
+
     def drawn(self, batch: "Batch", view: int, rows: Tensor) -> tuple[Drawn, ...]:
         """What happens to ``batch`` in view 0 (a) or 1 (b); it holds the ``rows`` [B] of the global batch."""
         modality = batch.modality.cpu()  # [B]

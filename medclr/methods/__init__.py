@@ -2,7 +2,7 @@
 
 A new file here is a new method: ``Method`` derives from ``PretrainingMethod``, which says what the loop asks of it.
 
-Letters: B images, F features of the encoder, K components of the embedding, S the image side.
+Letters: B images, m of them in a chunk, F features of the encoder, K components of the embedding, S the image side.
 """
 
 import importlib
@@ -13,44 +13,68 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medclr.augment.views import Draws
 from medclr.config import nearest
+from medclr.data.loader import Batch
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 
 
 class PretrainingMethod(nn.Module):
-    """Built as ``Method(config, encoder)``; its parameters are what is trained, its ``encoder`` is what is kept."""
+    """Built as ``Method(config, encoder)``; its parameters are what is trained.
+
+    Attributes:
+        encoder: what is kept.
+        head: kept too where it is a ``medclr.models.heads.ProjectionHead``.
+        decoder: kept too where it is a ``medclr.models.unet.UNetDecoder``: segmentation starts from it.
+    """
 
     encoder: nn.Module
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B,1,S,S] -> features [B,F] and the embedding [B,K] in which the loss is taken."""
+        """Images [B,1,S,S] -> features [B,F], and the embeddings [B,K] in which the loss is taken, for the monitor.
+
+        A method that embeds several places of an image has as many rows for each image.
+        """
         raise NotImplementedError
+
+    def inputs(self, batch: Batch, draws: Draws, view: int, rows: Tensor) -> tuple[Tensor, ...]:
+        """What ``forward`` needs besides view 0 (a) or 1 (b) of ``batch``, which holds the ``rows`` [m] of the step.
+
+        A function of (seed, step, view, row) alone, [m,...] each, on the CPU; they arrive in the type of the weights.
+        """
+        return ()
 
     def objective(
         self, a: Tensor, b: Tensor, facts: Any = None, group: Group | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Embeddings [B,K] of the two views of a batch -> the loss, and what else to log (0-d tensors, detached).
+        """What ``forward`` gave for the two views of a batch, [B,K] each -> the loss, and what else to log.
 
-        A function of the embeddings alone, without the network: so a batch may be embedded in chunks. ``facts`` is what
-        the store knows of the slices (``medclr.data.loader.Facts``). With ``group`` the negatives come from all
-        processes; the batch's loss is the mean over them.
+        A function of these alone, without the network: so a batch may be embedded in chunks. ``facts`` is what the
+        store knows of the slices (``medclr.data.loader.Facts``). With ``group`` the negatives come from all processes;
+        the batch's loss is the mean over them. What is logged are 0-d tensors, detached.
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B,1,S,S] -> embedding [B,K]."""
+    def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """Images [B,1,S,S], and their ``inputs`` -> embeddings [B,K]."""
         return self.embed(x)[1]
 
     def loss(
-        self, a: Tensor, b: Tensor, facts: Any = None, group: Group | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        facts: Any = None,
+        group: Group | None = None,
+        inputs: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ()),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views [B,1,S,S] of one batch -> as ``objective``.
+        """Two views [B,1,S,S] of one batch, and the ``inputs`` of each -> as ``objective``.
 
         Both go through the network in one pass, as in the reference, so that the batch-norm statistics are those of all
         2B views.
         """
-        za, zb = self(torch.cat([a, b])).chunk(2)  # [B,K] each
+        both = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+        za, zb = self(torch.cat([a, b]), *both).chunk(2)  # [B,K] each
         return self.objective(za, zb, facts, group)
 
 
