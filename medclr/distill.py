@@ -43,6 +43,7 @@ from medclr.finetune import (
     digest_of,
     fit,
     match_text,
+    put_on,
     scans_of,
     setting_word,
     write_scores,
@@ -239,7 +240,8 @@ def _distill(wish: Wish) -> DistillSummary:
     cases = _cases_of(trained)
     device = device_of(settings.device)
     keep_freed_memory()
-    teacher = trained.model.to(device).requires_grad_(False)
+    teacher = trained.model.requires_grad_(False)
+    put_on(teacher, device)
     has_train = any(scan.split == "train" for scan in store.scans)
     split = wish.split if wish.split is not None else "train" if has_train else ""
     scans = np.unique(store.column("scan")[store.indices(split)]).astype(np.int64)
@@ -266,7 +268,7 @@ def _distill(wish: Wish) -> DistillSummary:
         origin["init"] = digest_of(model.encoder)
     if task is not None and wish.labelled:
         origin["score"] = task.store.info.manifest_sha256
-    model.to(device)
+    put_on(model, device)
     with alone(wish.out):
         open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
         write_text(wish.out / "match.txt", match)

@@ -287,8 +287,7 @@ def train(wish: Wish) -> FinetuneSummary:
     origin = {"store": store.info.manifest_sha256, "cases": digest(cases.csv(task.strata))}
     if report is not None:
         origin["encoder"] = digest_of(encoder)
-    # Convolutions of few channels, depthwise ones above all, are up to 1.5 times as fast in this order of memory.
-    model.to(device, memory_format=torch.channels_last)
+    put_on(model, device)
     with alone(wish.out):
         open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
         write_cases(wish.out / "cases.csv", cases, task.strata)
@@ -506,6 +505,12 @@ def device_of(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise MedclrError(f"device: {chosen!r} cannot be used here ({reason}); choose auto, cpu or cuda") from error
     return device
+
+
+def put_on(model: nn.Module, device: torch.device) -> None:
+    """Move a model, its weights in the order of memory in which depthwise convolutions are 1.5 times as fast."""
+    order: Any = {"memory_format": torch.channels_last}  # which the types of nn.Module.to do not know
+    model.to(device, **order)
 
 
 def match_text(report: MatchReport | None, model: TaskModel, extra: Sequence[str]) -> str:

@@ -171,8 +171,8 @@ def predict(
         out: Folder to write; new, or left by the same command.
         modality: What files show that do not say it themselves: CT, MR, XR, US, PT, NM or OT.
         policy: What to do with scans that are not plain.
-        plane: How NIfTI volumes are cut into slices; if not given, as those that the model learnt from, if they were all
-            of one plane, else across their coarsest spacing.
+        plane: How NIfTI volumes are cut into slices; if not given, as those that the model learnt from if all of those
+            were cut alike, else across their coarsest spacing.
         threshold: Where several classes can be true: those of at least this probability are.
         dicom_seg: Whether masks of DICOM scans are written as DICOM SEG as well, which name the patient.
         keep_paths: Write paths into the tables and messages, not opaque ids.

@@ -64,11 +64,12 @@ def test_nobody_validates_where_a_class_would_be_missing_on_one_side() -> None:
     splits = {p: "test" if i >= 25 else "train" for i, p in enumerate(strata)}
     assert choose_cases(a_store(splits), strata, "100%", seed=0).validation == ()
     asked = choose_cases(a_store(splits), strata, "100%", seed=0, validation=0.2)
-    assert len(asked.validation) == 5 and "p001" in asked.train
+    assert len(asked.validation) == 5
+    assert "p001" in asked.train
 
 
 def test_a_share_that_cannot_be_held_out_is_refused() -> None:
-    with pytest.raises(MedclrError, match=r"validation 0.2: 3 cases are too few to train and to validate"):
+    with pytest.raises(MedclrError, match=r"validation 0.2: 3 cases are too few to train and validate"):
         choose_cases(STORE, STRATA, "3", seed=0, validation=0.2)
 
 

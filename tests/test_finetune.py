@@ -487,7 +487,7 @@ def test_the_command_leaves_a_copy_of_the_cases_with_the_manifests(
         ({"task": "clasify"}, {}, "--task 'clasify' is unknown; the nearest known one is 'classify'"),
         ({"task": "segment"}, {}, "no scan has a mask"),
         ({"encoder": "nowhere"}, {}, "nowhere: is neither a run folder nor a file"),
-        ({"cases": "1"}, {}, "fewer patients than the 2 classes"),
+        ({"cases": "1"}, {}, "none of the 1 training cases has label"),
         ({"cases": "1000"}, {}, "--cases 1000"),
         ({"cases": "nowhere.csv"}, {}, "nowhere.csv"),
         ({"modality": "CT"}, {}, "labelled scans of modality CT"),

@@ -230,5 +230,5 @@ def test_what_is_no_encoder_is_one_sentence(run: Path, tmp_path: Path, monkeypat
 
 def test_images_too_small_for_efficientnet_are_refused() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    with pytest.raises(MedclrError, match="takes images of at least 32 px, and these have 31"):
+    with pytest.raises(MedclrError, match="takes images of at least 32 px, these have 31"):
         build_encoder(EncoderConfig("efficientnet-lite0"), 31)

@@ -151,7 +151,7 @@ def choose_cases(
     held = _hold_out({patient: pool[patient] for patient in chosen}, seed, validation)
     if validation and not held:
         raise MedclrError(
-            f"validation {validation}: {len(chosen)} cases are too few to train and to validate on each kind of patient; "
+            f"validation {validation}: {len(chosen)} cases are too few to train and validate on each kind of patient; "
             "take more cases, or set validation to 0"
         )
     return Cases(tuple(sorted(set(chosen) - held)), tuple(sorted(held)), test)
@@ -215,7 +215,7 @@ def _roles(path: Path, listed: Mapping[str, str]) -> Cases:
 def _hold_out(chosen: Mapping[str, str], seed: int, share: float | None) -> set[str]:
     """The validation patients: at least one of each stratum stays, and one validates, or there are none.
 
-    A share that was asked for leaves a stratum of one patient to training; else such a stratum means that none validate.
+    A share that was asked for leaves a stratum of one patient to training; else, with such a stratum, none validate.
     """
     counts = Counter(chosen.values())
     if share is None:

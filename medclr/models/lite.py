@@ -51,7 +51,7 @@ class EfficientNetLite0(Encoder):
                 raise MedclrError(f"encoder.{name}: is of ResNets; efficientnet-lite0 goes with {value}")
         if size_px < SMALLEST_PX:
             raise MedclrError(
-                f"encoder.name efficientnet-lite0: takes images of at least {SMALLEST_PX} px, and these have {size_px}; "
+                f"encoder.name efficientnet-lite0: takes images of at least {SMALLEST_PX} px, these have {size_px}; "
                 "enlarge them, or choose a ResNet"
             )
         net = EfficientNet.from_name("efficientnet-lite0")
