@@ -3,7 +3,7 @@
 Letters: B pairs on this process, N pairs on all processes, K components of an embedding.
 """
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -81,22 +81,72 @@ def nt_xent(
     """
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"expected two embeddings of one shape [B,K], got {list(a.shape)} and {list(b.shape)}")
+    related = relations(ids, negatives, positives, reach, len(a), gather, a.device) or Twins()
+    return contrast(a, b, temperature, gather, related, form)
+
+
+class Related(Protocol):
+    """Which views attract each other, and which are compared; both in the order of ranks, as ``relations`` says."""
+
+    def hide(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """As ``medclr.losses.blocks.Hide``; must be symmetric, and leave each row some column."""
+        ...
+
+    def positive_mean(self, views: Tensor, rows: slice) -> Tensor:
+        """Mean embedding [R,K] of the positives of each of the ``rows``, from all views [2N,K]."""
+        ...
+
+
+class Twins:
+    """Every view attracts its twin alone, and is compared with all others."""
+
+    def hide(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Only the view itself is not compared with."""
+        return hide_itself(logits, rows, columns)
+
+    def positive_mean(self, views: Tensor, rows: slice) -> Tensor:
+        """The twins."""
+        own = views[rows]
+        return own.roll(len(own) // 2, 0)
+
+
+def contrast(
+    a: Tensor,
+    b: Tensor,
+    temperature: float,
+    gather: Gather | None,
+    related: Related,
+    form: Form = "auto",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean over the 2B views of L(i), as in ``nt_xent``, for any relation of the views.
+
+    Args:
+        a: embeddings of the first views [B,K].
+        b: of the second [B,K].
+        temperature: divides the cosines.
+        gather: as in ``nt_xent``.
+        related: of all views.
+        form: as in ``nt_xent``.
+        weight: [2N], of each view of all processes in the mean, not all 0; None: all alike.
+
+    Returns:
+        The loss [], or this process's share of it.
+    """
     with torch.autocast(a.device.type, enabled=False):
         own = unit(torch.cat([a, b]).to(torch.promote_types(a.dtype, torch.float32)))  # [2B,K]
         n = len(own)
         views, start = (own, 0) if gather is None else (gather.all_gather(own), gather.rank * n)  # [2N,K]
         rows = slice(start, start + n)
-        related = relations(ids, negatives, positives, reach, len(a), gather, a.device)
-        hide = hide_itself if related is None else related.hide
         if form == "dense" or (form == "auto" and len(views) <= DENSE_VIEWS):
-            sums = logsumexp_dense(views, rows, temperature, hide)  # [2B]
+            sums = logsumexp_dense(views, rows, temperature, related.hide)  # [2B]
         else:
-            sums = logsumexp_blocks(views, rows, temperature, hide, TILE.get(a.device.type, TILE["cpu"]))  # [2B]
-        if positives == "augmentation" or related is None:
-            attracting = own.roll(n // 2, 0)  # [2B,K]: the twins
-        else:
-            attracting = related.positive_mean(views, rows)  # [2B,K]
-        loss: Tensor = (sums - torch.linalg.vecdot(own, attracting) / temperature).mean()
+            sums = logsumexp_blocks(views, rows, temperature, related.hide, TILE.get(a.device.type, TILE["cpu"]))
+        attracting = related.positive_mean(views, rows)  # [2B,K]
+        losses = sums - torch.linalg.vecdot(own, attracting) / temperature  # [2B]
+        if weight is not None:
+            losses = losses * (weight[rows] / weight.mean())
+        loss: Tensor = losses.mean()
         return loss
 
 

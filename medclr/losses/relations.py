@@ -58,6 +58,9 @@ class Relations:
     family: Tensor | None
     """int64 [2N]: the patient or the scan; None: nothing is left out."""
 
+    has_twins_alone: bool = False
+    """Whether the twin is the only positive of each view."""
+
     def hide(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
         """Set to -inf, in place, what row views are not compared with: themselves, and their family [R,C]."""
         if self.family is not None:
@@ -69,6 +72,8 @@ class Relations:
 
     def positive_mean(self, views: Tensor, rows: slice) -> Tensor:
         """Mean embedding [R,K] of the positives of each row view, from all views [2N,K]; linear in their number."""
+        if self.has_twins_alone:
+            return views[rows].roll((rows.stop - rows.start) // 2, 0)
         places, index, counts = torch.unique(self.place, return_inverse=True, return_counts=True)  # [P], [2N], [P]
         sums = views.new_zeros(len(places), views.shape[1]).index_add(0, index, views)  # [P,K]
         if self.reach:
@@ -135,4 +140,4 @@ def relations(
     if positives == "neighbouring_slice":
         return Relations(scan * (position.max() + 1 + reach) + position, reach, family)
     view = torch.arange(len(columns), device=device)  # [2N]
-    return Relations(view // (2 * n) * n + view % n, 0, family)  # the number of the image
+    return Relations(view // (2 * n) * n + view % n, 0, family, has_twins_alone=True)  # the number of the image

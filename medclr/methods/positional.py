@@ -1,0 +1,87 @@
+"""Contrast by position: Chaitanya et al. (arXiv 2006.10511, loss G^D) and Zeng et al. (arXiv 2106.09157).
+
+Volumes of the same body part show the same anatomy at the same relative height, so their slices there are positives of
+each other, without any label. It asks for volumes that begin and end at like places.
+
+Letters: B images, F features of the encoder, K components of the embedding, S the image side.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medclr.distributed import Group
+from medclr.errors import MedclrError
+from medclr.losses.nt_xent import Form
+from medclr.losses.positional import positional_nt_xent
+from medclr.methods import PretrainingMethod
+from medclr.models.heads import ProjectionHead
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the contrast by position."""
+
+    reach: float = 0.1
+    """Share of the height of a volume from which slices of different patients no longer attract each other; nearer ones
+    do so with a weight that falls from 1 to 0. As near slices of the same patient are not told apart."""
+
+    temperature: float = 0.2
+    """Divides the cosines."""
+
+    head_layers: Literal[2, 3] = 2
+    """Layers of the projection head: 2 in SimCLR, 3 in SimCLRv2."""
+
+    out_features: int = 128
+    """Components of the embedding in which the loss is taken."""
+
+    loss: Form = "auto"
+    """dense holds the cosines of all pairs of views; blocks makes them piece by piece in little memory; auto is dense
+    for small batches. The result is the same to rounding."""
+
+    def __post_init__(self) -> None:
+        """Raise MedclrError for a setting that cannot work."""
+        if not 0 < self.reach <= 1:
+            raise MedclrError(f"reach: {self.reach} is no share of a volume's height above 0; 0.05 to 0.25 is usual")
+        if not self.temperature > 0:
+            raise MedclrError(f"temperature: {self.temperature} is not above 0; 0.1 to 0.5 is usual")
+        if self.out_features < 1:
+            raise MedclrError(f"out_features: {self.out_features} is below 1; 128 is usual")
+
+
+class Method(PretrainingMethod):
+    """Encoder and projection head, as in SimCLR; what attracts each other is another matter.
+
+    Attributes:
+        encoder: what is kept after pretraining; has ``features`` F.
+        head: projection head.
+    """
+
+    def __init__(self, config: Config, encoder: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        features: int = encoder.features  # type: ignore[assignment]
+        self.head = ProjectionHead(features, config.head_layers, config.out_features)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B,1,S,S] -> features [B,F] and embedding [B,K]."""
+        features = self.encoder(x)
+        return features, self.head(features)
+
+    def objective(
+        self, a: Tensor, b: Tensor, facts: Any = None, group: Group | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embeddings [B,K] of the two views -> the loss by the places in ``facts``, and the mean cosine of the twins.
+
+        Raises:
+            MedclrError: there are no facts, or all slices are at one position.
+        """
+        config = self.config
+        loss = positional_nt_xent(a, b, config.temperature, group, places=facts, reach=config.reach, form=config.loss)
+        with torch.no_grad():
+            positive = F.cosine_similarity(a.float(), b.float()).mean()  # []
+        return loss, {"positive_cosine": positive}

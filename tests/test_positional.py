@@ -1,0 +1,222 @@
+"""Contrast by position, against a slow reference, closed forms, and itself split over processes; and the method."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medclr.distributed import Group
+from medclr.errors import MedclrError
+from medclr.losses import nt_xent as module
+from medclr.losses.nt_xent import nt_xent
+from medclr.losses.positional import Positional, positional_nt_xent
+from medclr.methods.positional import Config
+
+FORMS = ("dense", "blocks")
+forms = pytest.mark.parametrize("form", FORMS)
+reaches = pytest.mark.parametrize("reach", [0.05, 0.3, 1.0])
+
+
+@pytest.fixture(autouse=True)
+def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The views of these small batches, too, fall into several tiles, the last of them cut."""
+    monkeypatch.setitem(module.TILE, "cpu", 5)
+
+
+@dataclass(frozen=True)
+class Places:
+    patient: Tensor
+    modality: Tensor
+    position: Tensor
+
+    def __getitem__(self, rows: Any) -> "Places":
+        return Places(self.patient[rows], self.modality[rows], self.position[rows])
+
+
+PLACES = Places(
+    patient=torch.tensor([4, 4, 4, 9, 9, 2, 2, 5]),
+    modality=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]),  # the last is of another modality
+    position=torch.tensor([0.0, 0.02, 0.5, 0.01, 0.45, 0.5, 1.0, 0.5], dtype=torch.float64),
+)
+
+
+def pairs(n: int = 8, k: int = 5) -> tuple[Tensor, Tensor]:
+    a, b = torch.randn(2, n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return a, b
+
+
+def slow(a: Tensor, b: Tensor, temperature: float, places: Places, reach: float) -> float:
+    """The definition, literally, in Python floats."""
+    views = [[float(v) for v in row] for row in torch.cat([a, b])]
+    norms = [math.sqrt(sum(v * v for v in row)) for row in views]
+    n, total = len(a), 0.0
+    patient, modality, position = (c.tolist() * 2 for c in (places.patient, places.modality, places.position))
+
+    def score(i: int, j: int) -> float:
+        return sum(p * q for p, q in zip(views[i], views[j], strict=True)) / (norms[i] * norms[j]) / temperature
+
+    def weight(i: int, j: int) -> float:
+        if i % n == j % n:
+            return 1.0
+        if patient[i] == patient[j] or modality[i] != modality[j]:
+            return 0.0
+        return max(0.0, 1 - float(abs(position[i] - position[j])) / reach)
+
+    def is_compared(i: int, j: int) -> bool:
+        return i % n == j % n or patient[i] != patient[j] or abs(position[i] - position[j]) >= reach
+
+    for i in range(2 * n):
+        others = [j for j in range(2 * n) if j != i]
+        total += math.log(sum(math.exp(score(i, j)) for j in others if is_compared(i, j)))
+        total -= sum(weight(i, j) * score(i, j) for j in others) / sum(weight(i, j) for j in others)
+    return total / (2 * n)
+
+
+@forms
+@reaches
+@pytest.mark.parametrize("n", [2, 8])
+def test_equals_the_definition(form: Any, reach: float, n: int) -> None:
+    a, b = pairs(n)
+    loss = positional_nt_xent(a, b, 0.3, places=PLACES[:n], reach=reach, form=form)
+    assert loss.item() == pytest.approx(slow(a, b, 0.3, PLACES[:n], reach), abs=1e-12)
+
+
+@forms
+def test_equal_embeddings_give_the_log_of_what_is_compared(form: Any) -> None:
+    same = torch.ones(8, 3, dtype=torch.float64)
+    loss = positional_nt_xent(same, same, 0.1, places=PLACES, reach=0.1, form=form)
+    compared = [13, 13, 15, 15, 15, 15, 15, 15]  # two slices of a patient are near each other, and left out
+    assert loss.item() == pytest.approx(sum(map(math.log, compared)) / 8, abs=1e-12)
+
+
+@forms
+def test_patients_that_agree_at_every_place_closed_form(form: Any) -> None:
+    """4 patients of 3 slices far apart; embeddings tell the places, which are orthogonal, and nothing else: of the 23
+    other views 7 are positives at cosine 1, the 16 of other places are at 0, whatever their patient."""
+    place = torch.arange(12) % 3
+    places = Places(torch.arange(12) // 3, torch.zeros(12, dtype=torch.int64), place / 2)
+    z = torch.eye(3, dtype=torch.float64)[place]
+    loss = positional_nt_xent(z, z, 0.5, places=places, reach=0.1, form=form)
+    assert loss.item() == pytest.approx(math.log(7 * math.exp(2) + 16) - 2, abs=1e-12)
+
+
+@forms
+def test_without_anything_near_it_is_nt_xent(form: Any) -> None:
+    a, b = pairs()
+    places = replace(PLACES, position=torch.arange(8) / 7)
+    torch.testing.assert_close(positional_nt_xent(a, b, 0.2, places=places, reach=0.1, form=form), nt_xent(a, b, 0.2))
+
+
+@forms
+@reaches
+def test_gradient(form: Any, reach: float) -> None:
+    a, b = (x.requires_grad_() for x in pairs(k=3))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return positional_nt_xent(a, b, 0.3, places=PLACES, reach=reach, form=form)
+
+    assert torch.autograd.gradcheck(loss, (a, b))
+    if form == "dense":
+        assert torch.autograd.gradgradcheck(lambda a: loss(a, b), a)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 512])
+def test_blocks_equal_dense(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setitem(module.TILE, "cpu", tile)
+    n = 60 if tile == 1 else 300
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(30, (n,), generator=generator)
+    places = Places(ids, ids % 2, torch.rand(n, generator=generator))
+    a, b = (x.requires_grad_() for x in pairs(n, 16))
+    dense, blocks = (positional_nt_xent(a, b, 0.1, places=places, reach=0.2, form=form) for form in FORMS)  # type: ignore[arg-type]
+    torch.testing.assert_close(blocks, dense, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(loss, (a, b)) for loss in (blocks, dense))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_are_made_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    weights = Positional.weights
+
+    def watched(self: Positional, rows: slice, columns: slice) -> Tensor:
+        sizes.append(weights(self, rows, columns).numel())
+        return weights(self, rows, columns)
+
+    monkeypatch.setattr(Positional, "weights", watched)
+    positional_nt_xent(*pairs(), 0.1, places=PLACES, reach=0.3, form="blocks")
+    assert max(sizes) == 5 * 5
+
+
+@forms
+def test_order_scale_and_role_do_not_matter(form: Any) -> None:
+    a, b = pairs()
+    order = torch.tensor([3, 1, 5, 0, 7, 2, 4, 6])
+
+    def loss(a: Tensor, b: Tensor, places: Places) -> Tensor:
+        return positional_nt_xent(a, b, 0.2, places=places, reach=0.3, form=form)
+
+    expected = loss(a, b, PLACES)
+    torch.testing.assert_close(loss(a[order], b[order], PLACES[order]), expected)
+    torch.testing.assert_close(loss(b, a, PLACES), expected)
+    torch.testing.assert_close(loss(7 * a, 0.01 * b, PLACES), expected)
+    assert not torch.isclose(loss(a, b, PLACES[order]), expected), "places matter"
+
+
+def test_what_cannot_be_is_refused() -> None:
+    a, b = pairs()
+    with pytest.raises(MedclrError, match="position of 8 slices, and got none"):
+        positional_nt_xent(a, b, 0.1, places=None, reach=0.1)
+    with pytest.raises(MedclrError, match="position of 8 slices, and got those of 3"):
+        positional_nt_xent(a, b, 0.1, places=PLACES[:3], reach=0.1)
+    flat = replace(PLACES, position=torch.full((8,), 0.5))
+    with pytest.raises(MedclrError, match="all slices of a batch are at one place"):
+        positional_nt_xent(a, b, 0.1, places=flat, reach=0.1)
+    for wrong, named in (
+        ({"reach": 0.0}, "reach: 0.0"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"out_features": 0}, "out"),
+    ):
+        with pytest.raises(MedclrError, match=named):
+            Config(**wrong)
+
+
+# ---- several processes
+
+
+def every_loss(group: Group) -> dict[str, Any]:
+    """Loss of all processes and gradient of this one's embeddings, for each form."""
+    rows = slice(group.rank * 8 // group.world_size, (group.rank + 1) * 8 // group.world_size)
+    results = {}
+    for form in FORMS:
+        a, b = (x[rows].clone().requires_grad_() for x in pairs())
+        loss = positional_nt_xent(a, b, 0.2, group, places=PLACES[rows], reach=0.3, form=form)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(loss / group.world_size, (a, b))
+        results[form] = (group.mean(loss), *gradients)
+    return results
+
+
+@pytest.mark.timeout(120)
+def test_real_processes_equal_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    environment = {**os.environ, "PYTHONWARNINGS": "error::FutureWarning", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], check=True, timeout=110, env=environment)
+    two = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, (loss, *gradients) in every_loss(Group()).items():
+        for rank in range(2):
+            torch.testing.assert_close(two[rank][name][0], loss, rtol=1e-12, atol=1e-12)
+        gathered = [torch.cat(parts) for parts in zip(two[0][name][1:], two[1][name][1:], strict=True)]
+        torch.testing.assert_close(gathered, gradients, rtol=1e-12, atol=1e-12)
+
+
+if __name__ == "__main__":
+    process = Group.from_environment()
+    module.TILE["cpu"] = 5
+    torch.save(every_loss(process), Path(sys.argv[1]) / f"{process.rank}.pt")
+    process.close()
