@@ -8,7 +8,7 @@ under the method's name, so that a new method needs no edit of this file.
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -376,9 +376,11 @@ def chosen_first(arguments: Sequence[str], name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def dataclass_options(parser: Any, settings: type, group: str | None = None) -> None:
+def dataclass_options(
+    parser: Any, settings: type, group: str | None = None, *, leave_out: Collection[str] = ()
+) -> None:
     """Declare each field of the dataclass ``settings``, nested ones included, optionally under ``group``."""
-    parser.add_class_arguments(settings, group, help=(settings.__doc__ or "").strip())
+    parser.add_class_arguments(settings, group, help=(settings.__doc__ or "").strip(), skip=set(leave_out))
 
 
 def to_plain(settings: Any) -> dict[str, Any]:

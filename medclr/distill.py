@@ -58,6 +58,9 @@ from medclr.tasks import Task, TaskModel
 from medclr.track import read_metrics
 from medclr.trained import Trained, export_model, load_model
 
+NOT_ASKED = ("validation", "every", "patience")
+"""Settings of supervised training that mean nothing here: nobody validates, and the whole schedule is followed."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -117,7 +120,8 @@ class Wish(Asked):
     def resolved(self) -> dict[str, Any]:
         """All settings as plain types: the content of config.yaml."""
         asked = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.UNTOLD}
-        return {**asked, "teacher": str(self.teacher), **to_plain(self.settings)}
+        settings = {name: value for name, value in to_plain(self.settings).items() if name not in NOT_ASKED}
+        return {**asked, "teacher": str(self.teacher), **settings}
 
 
 @dataclass(frozen=True)
@@ -226,12 +230,13 @@ def command(arguments: Sequence[str]) -> DistillSummary:
 
     def add(parser: Any) -> None:
         dataclass_options(parser, Asked)
-        dataclass_options(parser, FinetuneConfig)
+        dataclass_options(parser, FinetuneConfig, leave_out=NOT_ASKED)
 
     parser = option_parser("medclr distill", "Train a student on a teacher's opinion.", add, config=True)
     options = parse(parser, arguments)
     asked = {f.name: getattr(options, f.name) for f in fields(Asked)}
-    settings = FinetuneConfig(**{f.name: getattr(options, f.name) for f in fields(FinetuneConfig)})
+    names = [f.name for f in fields(FinetuneConfig) if f.name not in NOT_ASKED]
+    settings = FinetuneConfig(**{name: getattr(options, name) for name in names})
     return _distill(Wish(**asked, settings=settings))
 
 

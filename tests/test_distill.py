@@ -333,6 +333,7 @@ def test_who_was_seen_by_the_students_weights_or_the_teacher_counts(
         ("resnet34", {"labelled": 1.5}, "labelled: 1.5 is not a weight"),
         ("resnet34", {"split": "trian"}, "no scan is in split 'trian'"),
         ("resnet34", {"temprature": 2}, "temperature"),
+        ("resnet34", {"validation": 0.2}, "validation"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_leaves_nothing(
