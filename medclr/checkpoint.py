@@ -5,6 +5,7 @@ RUN/checkpoints/step-0000100.pt.sha256   its checksum, as sha256sum writes it; w
 RUN/checkpoints/best.pt                  the same, of the step that the monitor liked best
 RUN/encoder/encoder.safetensors          the encoder's tensors
 RUN/encoder/head.safetensors             the projection head's, of methods that have one
+RUN/encoder/decoder.safetensors          the U-Net decoder's, of methods that have one
 RUN/encoder/encoder.json                 architecture, input size, origin, and checksums of the tensors; written last
 """
 
@@ -123,7 +124,7 @@ def _damage(path: Path) -> str | None:
 
 
 class Describable(Protocol):
-    """A module that can be exported: ``medclr.models.encoder.Encoder``, ``medclr.models.heads.ProjectionHead``."""
+    """A module that can be exported: one of ``medclr.models`` that is an encoder, a projection head or a decoder."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -132,15 +133,23 @@ class Describable(Protocol):
         ...
 
 
-def export_encoder(folder: Path, encoder: Describable, meta: dict[str, Any], head: Describable | None = None) -> None:
-    """Write the tensors of the encoder, and of the projection ``head`` it was trained under, and encoder.json.
+def export_encoder(
+    folder: Path,
+    encoder: Describable,
+    meta: dict[str, Any],
+    head: Describable | None = None,
+    decoder: Describable | None = None,
+) -> None:
+    """Write the tensors of the encoder, of the projection ``head`` and of the ``decoder`` it was trained under.
 
-    That holds the encoder's ``description``, ``meta``, plain facts of its origin, and under "head" what is known of it.
+    encoder.json holds the encoder's ``description``, ``meta``, plain facts of its origin, and under "head" and
+    "decoder" what is known of them.
     """
     facts = {"format_version": FORMAT_VERSION, **encoder.description(), **meta}
     facts |= _write_tensors(folder / "encoder.safetensors", encoder)
-    if head is not None:
-        facts["head"] = head.description() | _write_tensors(folder / "head.safetensors", head)
+    for name, module in (("head", head), ("decoder", decoder)):
+        if module is not None:
+            facts[name] = module.description() | _write_tensors(folder / f"{name}.safetensors", module)
     files.write_json(folder / "encoder.json", facts)
 
 
@@ -179,10 +188,24 @@ def read_head(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     Raises:
         MedclrError: as ``read_encoder``.
     """
-    facts: dict[str, Any] | None = _read_facts(folder / "encoder.json").get("head")
+    return _read_part(folder, "head")
+
+
+def read_decoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors of the decoder that an exported encoder was trained under, without its outputs, and its ``channels``,
+    ``slices``, ``width`` and ``level``; None if it was trained without one.
+
+    Raises:
+        MedclrError: as ``read_encoder``.
+    """
+    return _read_part(folder, "decoder")
+
+
+def _read_part(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    facts: dict[str, Any] | None = _read_facts(folder / "encoder.json").get(name)
     if facts is None:
         return None
-    return _read_tensors(folder / "head.safetensors", facts["sha256"]), facts
+    return _read_tensors(folder / f"{name}.safetensors", facts["sha256"]), facts
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

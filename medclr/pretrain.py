@@ -31,6 +31,7 @@ from medclr.memory import keep_freed_memory
 from medclr.methods import PretrainingMethod
 from medclr.models.encoder import Encoder, build_encoder
 from medclr.models.heads import ProjectionHead
+from medclr.models.unet import UNetDecoder
 from medclr.models.weights import load_weights
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
@@ -41,7 +42,7 @@ from medclr.stop import GaveUp, StopRequest
 from medclr.track import Backend, Tracker, check, read_metrics
 
 CURVES = {
-    "loss": "NT-Xent loss",
+    "loss": "loss",
     "lr": "learning rate",
     "knn": "kNN balanced accuracy (training patients)",
     "effective_rank": "effective rank of the embeddings",
@@ -363,8 +364,8 @@ def _not_finite(
 
 
 def _finish(request: Request, method: PretrainingMethod, store: Store, indices: Indices) -> None:
-    """Export the encoder, with the patients it has seen, and the head above it; draw the curves."""
-    encoder, head = method.encoder, getattr(method, "head", None)
+    """Export the encoder, with the patients it has seen, and the head and decoder above it; draw the curves."""
+    encoder, head, decoder = method.encoder, getattr(method, "head", None), getattr(method, "decoder", None)
     assert isinstance(encoder, Encoder)
     seen = np.unique(store.column("patient")[indices])
     out = request.out
@@ -379,6 +380,7 @@ def _finish(request: Request, method: PretrainingMethod, store: Store, indices: 
             "patients": sorted({store.patients[int(p)] for p in seen} | encoder.seen_patients),
         },
         head if isinstance(head, ProjectionHead) else None,
+        decoder if isinstance(decoder, UNetDecoder) else None,
     )
     figures.curves(out / "figures" / "curves.png", read_metrics(out), CURVES)
 

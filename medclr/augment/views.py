@@ -1,6 +1,7 @@
 """Modality -> chain of augmentations, and two views of every image of a batch."""
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from medclr.augment.intensity import (
     RandomWindow,
     scale_to_unit,
 )
-from medclr.augment.transform import BatchTransform, Params, select, send
+from medclr.augment.transform import BatchTransform, Params, block_size, select, send
 from medclr.config import ViewsConfig
 from medclr.scans.modality import MODALITIES, Modality
 
@@ -121,6 +122,11 @@ class Draws:
             self._drawn[view, modality.name] = chain, params
         return self._drawn[view, modality.name]
 
+    @property
+    def size_px(self) -> int:
+        """Side of the views."""
+        return self._config.size_px
+
     def generator(self, name: str, row: int) -> np.random.Generator:
         """For what else is drawn for a row of the global batch: a function of (seed, step, name, row)."""
         key = np.random.SeedSequence([*self._key, zlib.crc32(name.encode())]).generate_state(2, np.uint64)
@@ -153,16 +159,29 @@ class Draws:
 
 def replay(images: Tensor, drawn: tuple[Drawn, ...]) -> Tensor:
     """One view of images [B,1,H,W] in physical units by recorded parameters: [B,1,s,s] in [0,1]."""
-    views = []
+    views: Tensor | None = None
     for part in drawn:
-        view = images if len(drawn) == 1 else images.index_select(0, send(part.rows, images.device))  # [m,1,H,W]
-        for position, (transform, params) in enumerate(zip(part.chain, part.params, strict=True)):
-            view = transform.apply(view, params, inplace=position > 0)  # the first step makes new images
-        views.append(view)
-    if len(views) == 1:
-        return views[0]
-    order = torch.cat([part.rows for part in drawn]).argsort()  # [B]
-    return torch.cat(views).index_select(0, send(order, images.device))
+        for rows, params in _blocks(part, block_size(images)):
+            block = images[rows] if len(drawn) == 1 else images.index_select(0, send(part.rows[rows], images.device))
+            for position, transform in enumerate(part.chain):
+                block = transform.apply(block, params[position], inplace=position > 0)  # the first makes new images
+            if len(block) == len(images):
+                return block
+            if views is None:
+                views = block.new_empty(len(images), *block.shape[1:])  # [B,1,s,s]
+            if len(drawn) == 1:
+                views[rows] = block
+            else:
+                views.index_copy_(0, send(part.rows[rows], images.device), block)
+    assert views is not None, "a batch has images"
+    return views
+
+
+def _blocks(part: Drawn, size: int) -> Iterator[tuple[slice, list[Params]]]:
+    """Slices of the rows of ``part``, and the parameters of each of its transforms for them."""
+    pieces = [{key: value.split(size) for key, value in params.items()} for params in part.params]
+    for i, first in enumerate(range(0, len(part.rows), size)):
+        yield slice(first, first + size), [{key: value[i] for key, value in piece.items()} for piece in pieces]
 
 
 def two_views(

@@ -34,6 +34,7 @@ class Encoder(nn.Module):
         channels: channels of each map of the pyramid, finest first.
         store_px: side of the stored slices from which its views were made.
         seen_patients: ids of the patients that it was pretrained on.
+        decoder_width: channels at the full size of the U-Net decoder that it was pretrained under; None: under none.
         stem: name of the tensor of its first convolution.
         has_ones: whether that sees a channel of ones behind the slices.
     """
@@ -44,6 +45,7 @@ class Encoder(nn.Module):
     features: int
     channels: tuple[int, ...]
     seen_patients: frozenset[str]
+    decoder_width: int | None
     stem: str
     has_ones: bool
 
@@ -51,7 +53,7 @@ class Encoder(nn.Module):
         """Set the attributes; a subclass calls it when it is built."""
         self.config, self.size_px, self.store_px = config, size_px, size_px
         self.channels, self.features = tuple(channels), channels[-1]
-        self.seen_patients = frozenset()
+        self.seen_patients, self.decoder_width = frozenset(), None
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """Image [B,C,H,W] -> feature maps [B,channels[i],h,w], finest first; each has at most half the rows before."""

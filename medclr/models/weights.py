@@ -164,7 +164,8 @@ def load_weights(encoder: Encoder, init: str) -> MatchReport | None:
     """Fill ``encoder`` with the weights that the user names: all of them or none.
 
     Args:
-        encoder: as it was built; ``seen_patients`` then names whom the weights have seen.
+        encoder: as it was built; ``seen_patients`` then names whom the weights of a run have seen, ``decoder_width``
+            says whether a decoder came with them.
         init: ``random``: leave it as it is; ``imagenet``: EfficientNet-Lite0's from its package; a run folder of
             pretraining; or a file of torchvision's ResNet weights.
 
@@ -190,6 +191,7 @@ def load_weights(encoder: Encoder, init: str) -> MatchReport | None:
         report.check()
         encoder.load_state_dict(taken)
         encoder.seen_patients = frozenset(facts.get("patients", ()))
+        encoder.decoder_width = facts.get("decoder", {}).get("width")
         return report
     return load_torchvision(encoder, Path(init))
 
