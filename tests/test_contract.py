@@ -10,6 +10,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ from tiny import Tiny, in_place_of, used
 
 import medclr
 from medclr import checkpoint, methods, scans, tasks
-from medclr.augment.views import two_views
+from medclr.augment.views import Draws, two_views
 from medclr.config import EncoderConfig, ViewsConfig, to_plain, to_yaml
 from medclr.data.loader import load_batch
 from medclr.data.prepare import prepare
@@ -84,8 +85,11 @@ class TestMethod:
         encoder = build_encoder(EncoderConfig(), 16)
         method = module.Method(module.Config(), encoder)
         assert method.encoder is encoder
-        a, b = torch.rand(2, 6, 1, 16, 16)  # [B,1,S,S] each
-        loss, logs = method.loss(a, b, None, None)
+        batch = replace(a_batch(("MR",), 6, 16), position=torch.linspace(0, 1, 6))
+        draws, rows = Draws(ViewsConfig(size_px=16), 6, seed=0, step=0), torch.arange(6)
+        a, b = (draws.view(batch, view, rows) for view in (0, 1))  # [B,1,S,S] each
+        inputs = (method.inputs(batch, draws, 0, rows), method.inputs(batch, draws, 1, rows))
+        loss, logs = method.loss(a, b, batch, None, inputs)
         loss.backward()
         assert loss.shape == ()
         assert loss.isfinite()
@@ -105,15 +109,27 @@ class TestMethod:
             features, embedding = method.embed(x)
             alone = method.embed(x[:1])
         assert features.shape == (5, encoder.features)
-        assert embedding.shape[0] == 5
+        assert embedding.shape[0] % 5 == 0
         assert embedding.ndim == 2
         torch.testing.assert_close(features, encoder(x))
-        torch.testing.assert_close(alone, (features[:1], embedding[:1]))
+        torch.testing.assert_close(alone, (features[:1], embedding[: len(embedding) // 5]))
 
-    def test_runs_and_leaves_a_checkpoint_and_an_encoder(self, name: str, image_store: Path, tmp_path: Path) -> None:
+    def test_what_it_adds_to_a_view_follows_from_seed_step_and_row(self, name: str) -> None:
+        module = methods.get(name)
+        method = module.Method(module.Config(), build_encoder(EncoderConfig(), 16))
+        batch, rows, views = a_batch(("MR",), 6, 16), torch.tensor([4, 1]), ViewsConfig(size_px=16)
+        for view in (0, 1):
+            whole, part = (
+                method.inputs(batch.select(at), Draws(views, 6, seed=1, step=2), view, at)
+                for at in (torch.arange(6), rows)
+            )
+            assert [x.shape[0] for x in whole] == [6] * len(whole)
+            assert all(torch.equal(x[rows], y) for x, y in zip(whole, part, strict=True))
+
+    def test_runs_and_leaves_a_checkpoint_and_an_encoder(self, name: str, labelled_store: Path, tmp_path: Path) -> None:
         out = tmp_path / "run"
-        summary = medclr.pretrain(image_store, out, settings={**SMALL, "method": name})
-        assert summary.steps == 6
+        summary = medclr.pretrain(labelled_store, out, settings={**SMALL, "method": name})
+        assert summary.steps == 3
         newest = checkpoint.latest(out)
         assert newest is not None
         module, encoder = methods.get(name), build_encoder(EncoderConfig(), 16)

@@ -29,10 +29,20 @@ def batch_of(images: Tensor, content: tuple[float, ...] = (0, 0, SIDE, SIDE)) ->
     n = len(images)
     zeros, whole = torch.zeros(n), torch.arange(n)
     return Batch(
-        index=whole, images=images, low=zeros, high=zeros + SIDE, air=zeros, content=torch.tensor([content]).expand(n, 4),
-        modality=whole % len(NAMES), scan=whole, patient=whole, slice_index=whole, position=zeros, label=whole - whole - 1,
+        index=whole,
+        images=images,
+        low=zeros,
+        high=zeros + SIDE,
+        air=zeros,
+        content=torch.tensor([content]).expand(n, 4),
+        modality=whole % len(NAMES),
+        scan=whole,
+        patient=whole,
+        slice_index=whole,
+        position=zeros,
+        label=torch.full((n,), -1),
         modalities=NAMES,
-    )  # fmt: skip
+    )
 
 
 def geometry(batch: Batch, draws: Draws, view: int, rows: Tensor) -> Tensor:
@@ -92,7 +102,8 @@ def test_points_are_apart_inside_both_views_and_in_the_content(draws: Draws) -> 
 
 
 def test_views_without_common_ground_have_no_points() -> None:
-    batch, draws = batch_of(torch.zeros(400, 1, SIDE, SIDE)), Draws(ViewsConfig(size_px=16, crop_area=(0.05, 0.1)), 400, seed=0, step=0)  # fmt: skip
+    batch, small = batch_of(torch.zeros(400, 1, SIDE, SIDE)), ViewsConfig(size_px=16, crop_area=(0.05, 0.1))
+    draws = Draws(small, 400, seed=0, step=0)
     points = shared_points(batch, draws, torch.arange(400), 4, 2.0)
     first, second = (source_matrices(batch, draws, view, torch.arange(400)) for view in (0, 1))
     gap = (first[:, :, 2] - second[:, :, 2]).abs().amax(1)  # between the centres; no crop is wider than this

@@ -55,8 +55,8 @@ def shared_points(batch: "Batch", draws: Draws, rows: Tensor, count: int, distan
     uniform = [torch.from_numpy(draws.generator("points", int(row)).random((CANDIDATES * count, 2))) for row in rows]
     source = to_source(smaller, torch.stack(uniform) * 2 - 1)  # [m,T,2]
     within = [to_view(matrix, source) for matrix in (first, second)]  # [m,T,2] each
-    steps = [matrix[:, :, :2].norm(dim=1).amax(1) * 2 / size_px for matrix in (first, second)]  # [m], from pixel to pixel
-    margin = 0.5 + 1.5 * torch.maximum(*steps)[:, None]  # [m,1]: a pixel's half, and a diagonal of the coarser view
+    coarser = torch.maximum(*(matrix[:, :, :2].norm(dim=1).amax(1) for matrix in (first, second)))  # [m]
+    margin = 0.5 + 1.5 * coarser[:, None] * 2 / size_px  # [m,1]: half a pixel, and the diagonal of one of the view
     top, left, height, width = batch.content.cpu().double()[:, :, None].unbind(1)  # [m,1] each
     x, y = source.unbind(2)  # [m,T] each
     free = (x - left).minimum(left + width - x).minimum(y - top).minimum(top + height - y) >= margin  # [m,T]
