@@ -9,7 +9,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,11 @@ class ViewsConfig:
     size_px: int = 224
     """Rows and columns of a view."""
 
+    size_px_schedule: tuple[tuple[float, int], ...] | None = None
+    """Progressive resolution, for pretraining: from which share of the run on views have which size, such as
+    [[0, 48], [0.7, 64]]. It ends with size_px, for which the network is made and at which it is judged. null: size_px
+    throughout."""
+
     crop_area: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of the random crop, as fractions of the slice."""
 
@@ -71,9 +76,14 @@ class ViewsConfig:
 
     def __post_init__(self) -> None:
         low, high = self.crop_area
+        sizes = f"8 px to views.size_px, which is the last one, such as [[0, 32], [0.5, {self.size_px}]]"
         _require(
             {
                 "views.size_px": (self.size_px >= 8, "at least 8"),
+                "views.size_px_schedule": (
+                    self._is_schedule(),
+                    f"pairs of a share of the run, ascending from 0 to below 1, and a size: {sizes}; or null",
+                ),
                 "views.crop_area": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),
                 "views.rotation_deg": (self.rotation_deg is None or 0 <= self.rotation_deg <= 180, "0 to 180, or null"),
                 "views.strength": (0 <= self.strength <= 2, "0 (no intensity jitter) to 2"),
@@ -83,6 +93,24 @@ class ViewsConfig:
                 },
             }
         )
+
+    def _is_schedule(self) -> bool:
+        if self.size_px_schedule is None:
+            return True
+        shares = [share for share, _ in self.size_px_schedule]
+        sizes = [size for _, size in self.size_px_schedule]
+        return (
+            shares[:1] == [0]
+            and shares == sorted(set(shares))
+            and shares[-1] < 1
+            and min(sizes) >= 8
+            and max(sizes) == sizes[-1] == self.size_px
+        )
+
+    def at(self, share: float) -> "ViewsConfig":
+        """As they are when that share of the run is done, at least 0 and below 1: of one size."""
+        sizes = [size for start, size in self.size_px_schedule or () if start <= share]
+        return replace(self, size_px=sizes[-1] if sizes else self.size_px, size_px_schedule=None)
 
 
 @dataclass(frozen=True)
@@ -226,6 +254,7 @@ class FinetuneConfig:
                 "patience": (self.patience >= 1, "at least 1"),
                 "batch": (self.batch >= 2, "at least 2, because batch norm needs more than one"),
                 "size_px": (self.size_px is None or self.size_px >= 8, "at least 8, or null"),
+                "views.size_px_schedule": (self.views.size_px_schedule is None, "null: it is for pretraining"),
                 "lr": (self.lr > 0, "above 0"),
                 "encoder_lr": (self.encoder_lr >= 0, "at least 0"),
                 "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),

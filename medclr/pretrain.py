@@ -6,6 +6,7 @@ processes those of a run on one.
 """
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -20,12 +21,13 @@ import torch
 
 from medclr import checkpoint, figures, methods, monitor
 from medclr.augment.views import Draws
+from medclr.clock import PARTS, Clock, shares
 from medclr.data.leave_out import left_out
 from medclr.data.loader import Loader, load_batch
 from medclr.data.store import Store
 from medclr.distributed import Group
 from medclr.errors import MedclrError
-from medclr.files import alone
+from medclr.files import alone, write_json
 from medclr.look import Indices, draw_views, look
 from medclr.memory import keep_freed_memory
 from medclr.methods import PretrainingMethod
@@ -75,11 +77,14 @@ class RunSummary:
     steps: int
     seconds: float
     figures: Mapping[str, float]
+    times: Mapping[str, float]
+    """Seconds of each part of the work (``medclr.clock.PARTS``), over all stretches."""
 
     def __str__(self) -> str:
         shown = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in self.figures.items())
         return (
-            f"{self.out}: {self.steps} steps in {duration(self.seconds)}; {shown}; pictures in {self.out / 'figures'}"
+            f"{self.out}: {self.steps} steps in {duration(self.seconds)}; {shown}; pictures in {self.out / 'figures'}\n"
+            f"the time went into: {shares(self.times)}"
         )
 
 
@@ -113,7 +118,8 @@ def pretrain(
 
 def command(arguments: Sequence[str]) -> RunSummary:
     """``medclr pretrain``: the options are the fields of PretrainConfig and of the chosen method's Config."""
-    return _train(read_settings(arguments))
+    started = time.perf_counter()
+    return _train(read_settings(arguments), started)
 
 
 @dataclass
@@ -129,15 +135,13 @@ class State:
     """Steps that are done."""
     skipped: int = 0
     """Steps that were left out because they were not finite."""
-    seconds: float = 0.0
-    """What it took, over all stretches."""
     best: float = -math.inf
     """Score of the best checkpoint."""
     row: dict[str, float] = field(default_factory=dict)
     """Figures of the last step that are not in the metrics yet: those of the monitor are still to come."""
 
     _PARTS: ClassVar = ("method", "optimizer", "scaler")
-    _FACTS: ClassVar = ("store", "step", "skipped", "seconds", "best", "row")
+    _FACTS: ClassVar = ("store", "step", "skipped", "best", "row")
 
     def content(self) -> dict[str, Any]:
         """Tensors and plain types."""
@@ -164,7 +168,7 @@ class State:
             setattr(self, name, saved.get(name, getattr(self, name)))  # earlier versions had no row
 
 
-def _train(request: Request) -> RunSummary:
+def _train(request: Request, started: float) -> RunSummary:
     settings = request.settings
     group = Group.from_environment(settings.device)
     try:
@@ -186,7 +190,9 @@ def _train(request: Request) -> RunSummary:
                 if group.is_first:  # after all else that can be refused: a run that never started leaves nothing
                     held.enter_context(alone(request.out))
                     open_run(request)
-            return _loop(request, method, loader, plan, group)
+            clock = Clock(device, _spent(request.out))
+            clock.add("rest", time.perf_counter() - started)
+            return _loop(request, method, loader, plan, group, clock)
     finally:
         group.close()
 
@@ -205,7 +211,9 @@ def _build(request: Request, group: Group, device: torch.device) -> PretrainingM
     return ready
 
 
-def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Plan, group: Group) -> RunSummary:
+def _loop(
+    request: Request, method: PretrainingMethod, loader: Loader, plan: Plan, group: Group, clock: Clock
+) -> RunSummary:
     settings, out, store = request.settings, request.out, loader.store
     device = next(method.parameters()).device
     per_epoch, total = loader.steps_per_epoch, settings.epochs * loader.steps_per_epoch
@@ -213,22 +221,25 @@ def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Pla
     peak_lr = scaled_lr(settings.optim.base_lr, settings.batch, settings.optim.lr_scaling)
     groups = param_groups(method, settings.optim.weight_decay)
     optimizer = build_optimizer(settings.optim.name, groups, lr=peak_lr, momentum=settings.optim.momentum)
-    take_step = Step(method, optimizer, plan, group, AUTOCAST.get(settings.precision), compiled=settings.compile)
+    autocast = AUTOCAST.get(settings.precision)
+    take_step = Step(method, optimizer, plan, group, autocast, compiled=settings.compile, clock=clock)
     origin = {"manifest_sha256": store.info.manifest_sha256, "size_px": store.info.size_px}
     state = State(method, optimizer, take_step.scaler, origin)
     state.resume(out, group)
-    before = state.seconds
 
     def save(*, best: bool = False) -> None:
         if group.is_first:
-            state.seconds = before + time.perf_counter() - started
+            clock.to("checkpoints")
             checkpoint.save(out, state.step, state.content(), keep=settings.monitor.keep, best=best)
+            clock.to("rest")
+            _write_times(out, clock)
 
     def train(lr: float) -> dict[str, float]:
         """One step; its row of the metrics."""
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        draws = Draws(settings.views, settings.batch, seed=settings.seed, step=state.step)
+        views = settings.views.at(state.step // per_epoch / settings.epochs)
+        draws = Draws(views, settings.batch, seed=settings.seed, step=state.step)
         try:
             result = take_step(batches, draws, stop)
         except MedclrError as error:  # of this process alone, and of others that the command line leaves silent
@@ -243,6 +254,8 @@ def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Pla
         row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON knows no NaN
         if result.is_lost:
             row["skipped"] = state.skipped
+        if settings.views.size_px_schedule:
+            row["size_px"] = views.size_px
         return row | {"epoch": state.step / per_epoch, "lr": lr, "images_per_s": speed.step()}
 
     def judge(seen: Mapping[str, float], loss: float) -> None:
@@ -256,7 +269,7 @@ def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Pla
     if group.is_first and state.step == 0:
         draw_views(store, loader.indices, settings, out)
     last: dict[str, float] = {}  # the newest of each figure: shown beside the bar, and in the summary
-    started = saved_at = time.perf_counter()
+    saved_at = time.perf_counter()
     speed = Speed(settings.batch)
     with (
         _report(request, total, state.step, group) as report,
@@ -268,7 +281,9 @@ def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Pla
                 state.row = state.row or train(peak_lr * warmup_cosine(state.step, total, warmup_steps))
                 epoch, within = divmod(state.step, per_epoch)
                 is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == total
+                clock.to("monitor")
                 seen = look(method, store, loader.indices, settings, device, group, stop) if is_watched else {}
+                clock.to("rest")
             except GaveUp:
                 save()
                 raise stop.leaving(state.step, total, out) from None
@@ -289,8 +304,10 @@ def _loop(request: Request, method: PretrainingMethod, loader: Loader, plan: Pla
                 raise stop.leaving(state.step, total, out)
     if group.is_first:
         _finish(request, method, store, loader.indices)
+        _write_times(out, clock)
     group.barrier()  # nobody leaves before the run is whole
-    return RunSummary(out, state.step, before + time.perf_counter() - started, last or _last_figures(out))
+    times = clock.seconds()
+    return RunSummary(out, state.step, sum(times.values()), last or _last_figures(out), times)
 
 
 class Speed:
@@ -383,6 +400,24 @@ def _finish(request: Request, method: PretrainingMethod, store: Store, indices: 
         decoder if isinstance(decoder, UNetDecoder) else None,
     )
     figures.curves(out / "figures" / "curves.png", read_metrics(out), CURVES)
+
+
+TIMES = "time.json"
+"""Seconds of each part of the work, over all stretches; written with each checkpoint, and at the end."""
+
+
+def _spent(out: Path) -> dict[str, float]:
+    """What earlier stretches of a run have written of their times."""
+    try:
+        read = json.loads((out / TIMES).read_text(encoding="utf-8"))
+        return {name: float(read[name]) for name in PARTS}
+    except (OSError, ValueError, KeyError, TypeError):  # none yet: times are worth telling, not worth failing for
+        return {}
+
+
+def _write_times(out: Path, clock: Clock) -> None:
+    seconds = {name: round(value, 3) for name, value in clock.seconds().items()}
+    write_json(out / TIMES, seconds | {"total": round(sum(seconds.values()), 3)})
 
 
 def _device(name: str) -> torch.device:

@@ -16,8 +16,8 @@ from medclr.runs import open_folder
 from medclr.track import Backend
 
 RUN_FILES = {
-    "config.yaml", "metrics.jsonl", "checkpoints", "encoder", "figures", "tensorboard", "mlflow.db", "mlflow_run_id",
-    LOCK_NAME,
+    "config.yaml", "metrics.jsonl", "time.json", "checkpoints", "encoder", "figures", "tensorboard", "mlflow.db",
+    "mlflow_run_id", LOCK_NAME,
 }  # fmt: skip
 """All that a run writes, and so all that --overwrite may remove."""
 

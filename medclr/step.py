@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from medclr.augment.views import Draws
+from medclr.clock import Clock
 from medclr.data.loader import Batch, Facts
 from medclr.distributed import Group
 from medclr.errors import MedclrError
@@ -121,6 +122,7 @@ class Step:
         group: the processes.
         autocast: type in which the network calculates where that is safe; None: its own.
         compiled: let torch.compile translate the network.
+        clock: is told which part of the step begins.
 
     Attributes:
         scaler: keeps the gradients of float16 from vanishing; for other types it does nothing.
@@ -135,10 +137,12 @@ class Step:
         autocast: torch.dtype | None = None,
         *,
         compiled: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         weight = next(method.parameters())
         self._device, self._dtype, self._autocast_dtype = weight.device, weight.dtype, autocast
         self._method, self._optimizer, self._plan, self._group = method, optimizer, plan, group
+        self._clock = clock or Clock(self._device)
         self._asks_at_layers = self._device.type == "cpu" and not compiled  # a GPU's plain step takes seconds at most
         self._module: nn.Module = torch.compile(method) if compiled else method  # type: ignore[assignment]
         self._network = group.replicate(self._module)
@@ -165,6 +169,7 @@ class Step:
         except GaveUp:
             self._restore(statistics)
             raise
+        self._clock.to("optimizer")
         self.scaler.unscale_(self._optimizer)
         norm = get_total_norm([p.grad for p in self._method.parameters() if p.grad is not None])  # []
         both = torch.stack([self._group.mean(loss).double(), norm.double()])  # [2]: one wait for the device
@@ -176,12 +181,14 @@ class Step:
         else:
             self._restore(statistics)
         self.scaler.update()
+        self._clock.to("rest")
         means = {name: float(self._group.mean(value)) for name, value in logs.items()}
         return Result(loss_value, norm_value, means, facts, is_lost=not is_finite and not has_overflown)
 
     def _plain(
         self, batches: Iterator[Batch], draws: Draws, stop: StopRequest
     ) -> tuple[Tensor, Mapping[str, Tensor], Facts]:
+        self._clock.to("data")
         batch = next(batches)
         inputs = self._inputs(batch, draws, *self._plan.passes[0])  # [2b,...] each
         stop.check()
@@ -190,6 +197,7 @@ class Step:
                 z = self._network(*inputs)  # [2b,E]
             za, zb = z.chunk(2)  # [b,E] each
             loss, logs = self._method.objective(za, zb, batch.to(self._device), self._group)
+            self._clock.to("backward")
             self.scaler.scale(loss).backward()
         return loss.detach(), logs, batch
 
@@ -217,6 +225,7 @@ class Step:
     ) -> tuple[Tensor, Mapping[str, Tensor], Facts]:
         def piece() -> Batch:
             stop.check()
+            self._clock.to("data")
             return next(batches)
 
         passes = self._plan.passes
@@ -234,6 +243,7 @@ class Step:
         z.requires_grad_()
         facts = Facts.cat(known)
         loss, logs = self._method.objective(z[0], z[1], facts.to(self._device), self._group)
+        self._clock.to("backward")
         self.scaler.scale(loss).backward()
         assert z.grad is not None
         for number, (rows, views) in enumerate(passes):
@@ -242,16 +252,20 @@ class Step:
                 inputs = self._inputs(piece(), draws, rows, views)  # [m,...] each
                 with self._autocast():
                     embedding = self._network(*inputs)  # [m,E]
+                self._clock.to("backward")
                 embedding.backward(z.grad[views[0], rows])
         return loss.detach(), logs, facts
 
     def _inputs(self, batch: Batch, draws: Draws, rows: Rows, views: tuple[int, ...]) -> list[Tensor]:
         """Views [len(views) * m,1,s,s] of a piece that holds the ``rows`` of this process, and what the method adds."""
+        self._clock.to("views")
         here = torch.from_numpy(self._plan.rows[rows])  # [m], rows of the global batch
         made = [draws.view(batch, view, here, self._device) for view in views]
         added = zip(*(self._method.inputs(batch, draws, view, here) for view in views), strict=True)
         others = [torch.cat(parts).to(self._device, self._dtype, non_blocking=True) for parts in added]
-        return [torch.cat(made).to(self._dtype, memory_format=torch.channels_last), *others]
+        inputs = [torch.cat(made).to(self._dtype, memory_format=torch.channels_last), *others]
+        self._clock.to("forward")
+        return inputs
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)

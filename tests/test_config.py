@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from medclr.config import (
+    FinetuneConfig,
     MonitorConfig,
     OptimConfig,
     PretrainConfig,
+    ViewsConfig,
     dataclass_options,
     differences,
     option_parser,
@@ -82,6 +84,37 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path, text, named):
     assert "\n" not in str(error.value)
     for word in named:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "[]",
+        "[[0.1,48],[0.5,64]]",
+        "[[0,48],[0.5,60]]",
+        "[[0,4],[0.5,64]]",
+        "[[0,48],[0.5,96],[0.7,64]]",
+        "[[0,48],[0.6,50],[0.5,64]]",
+        "[[0,48],[0.5,50],[0.5,64]]",
+        "[[0,48],[1,64]]",
+        "48",
+        "[[0,48.5],[0.5,64]]",
+    ],
+)
+def test_a_schedule_of_sizes_that_cannot_be_is_refused(schedule):
+    with pytest.raises(MedclrError, match=r"views\.size_px_schedule") as error:
+        settings("--views.size_px", "64", "--views.size_px_schedule", schedule)
+    assert "\n" not in str(error.value)
+
+
+def test_the_size_of_views_follows_its_schedule():
+    views = settings("--views.size_px", "64", "--views.size_px_schedule", "[[0,32],[0.3,48],[0.5,64]]").views
+    sizes = [views.at(epoch / 10).size_px for epoch in range(10)]
+    assert sizes == [32] * 3 + [48] * 2 + [64] * 5
+    assert views.at(0) == ViewsConfig(size_px=32)
+    assert ViewsConfig(size_px=20).at(0.9) == ViewsConfig(size_px=20)
+    with pytest.raises(MedclrError, match=r"views\.size_px_schedule must be null: it is for pretraining"):
+        FinetuneConfig(views=views)
 
 
 def test_all_problems_of_a_group_are_named_at_once():

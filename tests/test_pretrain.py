@@ -19,6 +19,7 @@ import medclr.look
 from medclr import checkpoint
 from medclr.augment.views import Draws
 from medclr.cli import main
+from medclr.clock import PARTS
 from medclr.config import read_yaml
 from medclr.data.store import Store
 from medclr.errors import MedclrError
@@ -65,6 +66,58 @@ def test_a_run_leaves_everything_that_it_promises(run):
     assert not list(run.rglob("*.tmp"))
 
 
+def seconds_of(run: Path) -> dict[str, float]:
+    return json.loads((run / "time.json").read_text())
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_times_of_the_parts_add_up_to_that_of_the_run(image_store, tmp_path, monkeypatch, chunk):
+    view, forward, save = Draws.view, Method.forward, checkpoint.save
+
+    def slowly(function, seconds):
+        return lambda *arguments, **options: (time.sleep(seconds), function(*arguments, **options))[1]
+
+    monkeypatch.setattr(Draws, "view", slowly(view, 0.01))
+    monkeypatch.setattr(Method, "forward", slowly(forward, 0.02))
+    monkeypatch.setattr(checkpoint, "save", slowly(save, 0.5))
+    out = tmp_path / "run"
+    started = time.perf_counter()
+    summary = medclr.pretrain(image_store, out, settings={**SMALL, "epochs": 1, "chunk": chunk})
+    wall = time.perf_counter() - started
+    seconds = seconds_of(out)
+    total = seconds.pop("total")
+    assert set(seconds) == set(PARTS) == set(summary.times)
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.01)
+    assert total == pytest.approx(wall, rel=0.02)
+    assert summary.seconds == pytest.approx(total, rel=0.02)
+    passes = 6 * (1 if chunk is None else 2 * 8)
+    assert seconds["views"] > 0.01 * (12 if chunk is None else passes)
+    assert seconds["forward"] > 0.02 * passes
+    assert seconds["checkpoints"] > 0.5 * 2, "the best and the last"
+    assert min(seconds.values()) > 0
+    told = str(summary).splitlines()[-1]
+    assert told.startswith("the time went into: ")
+    largest = max(seconds, key=seconds.get)
+    assert f": {PARTS[largest]} {100 * seconds[largest] / total:.0f} %" in told
+
+
+def test_the_times_of_a_resumed_run_add_up(image_store, tmp_path):
+    out = tmp_path / "run"
+    words = command(image_store, out)[3:]
+    started = time.perf_counter()
+    stopped(words, Method, "objective", 4, wait=2)
+    first = seconds_of(out)
+    assert 2 < first["total"] <= time.perf_counter() - started
+    assert first["forward"] > 2
+    again = time.perf_counter()
+    assert main(words) == 0
+    total = seconds_of(out)["total"]
+    assert total == pytest.approx(first["total"] + time.perf_counter() - again, rel=0.02)
+    (out / "time.json").write_text("{")
+    assert main(words) == 0, "no run fails for its times"
+    assert seconds_of(out)["total"] < total
+
+
 def test_the_loss_falls(image_store, tmp_path):
     medclr.pretrain(image_store, tmp_path / "run", settings={**SMALL, "epochs": 10, **EASY})
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
@@ -103,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, image_store, tmp_path, s
     assert steps == sorted(set(steps)), "a stretch that was run twice stands once in the metrics"
 
 
-def stopped(words: list[str], target: object, name: str, number: int) -> float:
+def stopped(words: list[str], target: object, name: str, number: int, wait: float = 0.1) -> float:
     """Run a command in which the call of that number takes a minute, and SIGTERM comes meanwhile: the seconds after."""
     function, calls, asked = getattr(target, name), [], []
 
@@ -114,7 +167,7 @@ def stopped(words: list[str], target: object, name: str, number: int) -> float:
     def slow(*arguments, **options):
         calls.append(None)
         if len(calls) == number:
-            threading.Timer(0.1, terminate).start()
+            threading.Timer(wait, terminate).start()
             time.sleep(60)
         return function(*arguments, **options)
 
@@ -153,6 +206,27 @@ def test_sigterm_does_not_wait_for_a_long_step_or_look(run, image_store, tmp_pat
     assert checkpoint.load(checkpoint.latest(out))["step"] == step
     assert main(words) == 0
     assert_same_run(out, run)
+
+
+GROWING = {**SMALL, "encoder.stem": "imagenet", "views.size_px": 16, "views.size_px_schedule": "[[0,8],[0.5,16]]"}
+
+
+def test_views_grow_and_a_stopped_run_goes_on_at_the_size_of_its_epoch(image_store, tmp_path, monkeypatch):
+    sizes: list[int] = []
+    forward = Method.forward
+    monkeypatch.setattr(Method, "forward", lambda self, x: (sizes.append(x.shape[-1]), forward(self, x))[1])
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    medclr.pretrain(image_store, whole, settings=GROWING)
+    expected = [8] * 12 + [16] * 6  # epochs begin after 0, 1/3 and 2/3 of the run
+    assert sizes == expected
+    assert [row["size_px"] for row in read_metrics(whole)] == expected
+    assert json.loads((whole / "encoder" / "encoder.json").read_text())["size_px"] == 16
+    words = [word for key, value in GROWING.items() for word in (f"--{key}", str(value))]
+    words = ["pretrain", "--store", str(image_store), "--out", str(out), *words]
+    stopped(words, Method, "objective", 8)
+    assert checkpoint.load(checkpoint.latest(out))["step"] == 7
+    assert main(words) == 0
+    assert_same_run(out, whole)
 
 
 def test_float16_goes_on_with_its_scale_of_the_loss(image_store, tmp_path):
