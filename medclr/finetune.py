@@ -395,7 +395,7 @@ def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stam
         "transductive": bool(stamp),
         "stamp": stamp,
     }
-    export_model(out / "model", wish.task, task.config, model, facts)
+    export_model(out / "model", wish.task, model.config, model, facts)
     rows = read_metrics(out)
     figures.curves(out / "figures" / "curves.png", rows, CURVES, stamp)
     task.draw(model, outcome, out / "figures", stamp)

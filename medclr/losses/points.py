@@ -150,4 +150,5 @@ def _within_slices(a: Tensor, b: Tensor, temperature: float, exists: Tensor) -> 
         out = ~(here[:, :, None] & here[:, None]) & ~twin  # [B,2P,2P]
         out.diagonal(dim1=1, dim2=2).fill_(True)
         attraction = torch.linalg.vecdot(z, z.roll(points, 1)) / temperature  # [B,2P]
-        return logits.masked_fill(out, -torch.inf).logsumexp(2) - attraction
+        losses: Tensor = logits.masked_fill_(out, -torch.inf).logsumexp(2) - attraction
+        return losses

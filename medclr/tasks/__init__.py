@@ -31,10 +31,12 @@ class TaskModel(nn.Module):
     """Built as ``Model(config, encoder, classes)``; its tensors are what ``medclr.trained`` exports.
 
     Attributes:
+        config: its Config, complete: with it and its tensors the model can be built again.
         encoder: what came pretrained; whatever is not in ``stages`` is new, and learns at the full rate.
         classes: names of the K outputs.
     """
 
+    config: Any
     encoder: Encoder
     classes: tuple[str, ...]
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +27,15 @@ from medclr.data.store import Store, to_source_grid
 from medclr.data.tables import StoredScan
 from medclr.errors import MedclrError
 from medclr.models.encoder import Encoder
-from medclr.models.unet import UNetDecoder
+from medclr.models.unet import UNetDecoder, load_decoder
 from medclr.outcomes import Outcome, Segmented
 from medclr.progress import progress
 from medclr.scans.modality import modality_of
 from medclr.tasks import Ints, TaskModel
 from medclr.tasks import Task as BaseTask
+
+WIDTH = 16
+"""Of a decoder that neither the settings nor a run has one for."""
 
 PIECE = 64
 """Slices that go through the network at once when nothing is learnt."""
@@ -54,8 +58,12 @@ class Config:
     names: tuple[str, ...] = ()
     """Names of the classes; none: their values."""
 
-    width: int = 16
-    """Channels of the decoder at the full size; they double from one size to the next coarser one."""
+    width: int | None = None
+    """Channels of the decoder at the full size; they double from one size to the next coarser one. null: those of the
+    decoder that the encoder was pretrained under, or 16 without one."""
+
+    decoder: Literal["pretrained", "new"] = "pretrained"
+    """What the decoder starts from. pretrained: that of the encoder's run, where it kept one; new: random weights."""
 
     dropout: float = 0.0
     """Share of the decoder's channels that is dropped after each convolution while training."""
@@ -65,7 +73,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise MedclrError for a setting that cannot work."""
-        if self.width < 1:
+        if self.width is not None and self.width < 1:
             raise MedclrError(f"segment.width: {self.width} is below 1; 8 to 32 is usual")
         if not 0 <= self.dropout < 1:
             raise MedclrError(f"segment.dropout: {self.dropout} is no share from 0 to below 1")
@@ -82,14 +90,37 @@ class Config:
 
 
 class Model(TaskModel):
-    """Encoder and decoder."""
+    """Encoder and decoder.
+
+    Attributes:
+        config: with the width that was settled.
+        decoder: learns at the full rate, also where it came pretrained.
+    """
+
+    config: Config
 
     def __init__(self, config: Config, encoder: Encoder, classes: tuple[str, ...]) -> None:
         super().__init__()
-        self.config, self.encoder, self.classes = config, encoder, classes
-        self.decoder = UNetDecoder(
-            encoder.channels, encoder.config.slices, len(classes) + 1, config.width, config.dropout
-        )
+        pretrained = encoder.decoder_width if config.decoder == "pretrained" else None
+        width = config.width or pretrained or WIDTH
+        self.config, self.encoder, self.classes = replace(config, width=width), encoder, classes
+        self.decoder = UNetDecoder(encoder.channels, encoder.config.slices, len(classes) + 1, width, config.dropout)
+
+    def start_from(self, run: Path) -> list[str]:
+        """The decoder that the run kept; names of the tensors.
+
+        Raises:
+            MedclrError: it is of another width than the one that was asked for.
+        """
+        width = self.encoder.decoder_width
+        if self.config.decoder == "new" or width is None:
+            return []
+        if width != self.config.width:
+            raise MedclrError(
+                f"segment.width: {self.config.width}, but the decoder of {run} has {width}; leave it out, or set "
+                "segment.decoder to new"
+            )
+        return [f"decoder.{name}" for name in load_decoder(self.decoder, run)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [n,C,s,s] in [0,1] -> logits [n,K+1,s,s], background first."""
