@@ -10,8 +10,8 @@ demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four mi
 	rm -rf demo
 	$(BIN)/medclr demo --out demo
 
-test: $(STAMP) lint  ## lint, types and the quick tests
-	$(BIN)/pytest
+test: $(STAMP) lint  ## lint, types and the quick tests, two processes side by side
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)  ## tests that take minutes
 	$(BIN)/pytest -m slow

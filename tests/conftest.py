@@ -9,6 +9,9 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's "&" starts us so, and no child would hear of Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes on the same cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(os.environ.get("MEDCLR_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
