@@ -11,6 +11,12 @@ from medclr.progress import duration
 SETTINGS = {"epochs": 12, "batch": 64, "views.size_px": 64, "data.slices_per_scan": 16, "data.split": "train"}
 """Short enough for two cores; everything else is as medclr comes."""
 
+FEW = {"steps": 80, "batch": 16}
+"""Of fine-tuning."""
+
+CASES = "6"
+"""Labelled patients."""
+
 
 @dataclass(frozen=True)
 class DemoSummary:
@@ -80,9 +86,22 @@ def demo(out: Path = Path("demo"), *, patients: int = 24, seed: int = 0) -> Demo
         which = f"{encoder} --like {like}" if like else encoder
         print(f"\n$ medclr probe --encoder {which} --store {store} --budgets 4 100% --seeds 3")
         reports.append(probe(encoder, store, like=like, budgets=["4", "100%"], seeds=3))
+
+    from medclr.finetune import finetune
+    from medclr.predict import predict
+
+    model, words = out / "model", " ".join(f"--{name} {value}" for name, value in FEW.items())
+    asked = f"--task segment --encoder {run} --store {store} --modality MR --cases {CASES}"
+    print(f"\n$ medclr finetune {asked} --out {model} {words}")
+    print(finetune(store, model, task="segment", encoder=str(run), cases=CASES, modality="MR", settings=FEW))
+    said = out / "predictions"
+    print(f"\n$ medclr predict {cohort / 'mr'} --model {model} --modality MR --out {said} --key-file {key}")
+    print(predict([cohort / "mr"], model, said, modality="MR", key_file=key))
+
     table = out / "features.parquet"
     print(f"\n$ medclr embed --encoder {run} --store {store} --out {table} --colour modality --seed {seed}")
     features = embed(str(run), store, table, colour="modality", seed=seed)
     print(features)
-    pictures = (run / "figures" / "views.png", run / "figures" / "curves.png", features.picture)
+    drawn = [run / "figures" / "views.png", run / "figures" / "curves.png", model / "figures" / "overlays.png"]
+    pictures = (*drawn, said / "overview.png", features.picture)
     return DemoSummary("\n\n".join(map(str, reports)), pictures, time.perf_counter() - started)

@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phantom, "SCANNERS", tuple(thin))
     module = importlib.import_module("medclr.demo")
     monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | SMALL)
+    monkeypatch.setattr(module, "FEW", {"steps": 2, "batch": 4, "device": "cpu"})
     monkeypatch.setattr(privacy.os, "urandom", lambda count: b"\0" * count)
 
 
@@ -40,7 +41,7 @@ def test_the_whole_road_and_its_commands(
 ) -> None:
     out, again = tmp_path / "demo", tmp_path / "again"
     summary = demo(out, patients=16)
-    assert {path.parent.name for path in summary.pictures} == {"figures", "demo"}
+    assert {path.parent.name for path in summary.pictures} == {"figures", "predictions", "demo"}
     for picture in summary.pictures:
         with Image.open(picture) as image:
             assert min(image.size) > 200
@@ -51,7 +52,8 @@ def test_the_whole_road_and_its_commands(
 
     said = capsys.readouterr().out
     commands = [line.removeprefix("$ medclr ") for line in said.splitlines() if line.startswith("$ medclr ")]
-    assert [command.split()[0] for command in commands] == ["index", "prepare", "pretrain", "probe", "probe", "embed"]
+    road = ["index", "prepare", "pretrain", "probe", "probe", "finetune", "predict", "embed"]
+    assert [command.split()[0] for command in commands] == road
     shutil.copytree(out / "scans", again / "scans")
     monkeypatch.setenv("HOME", str(tmp_path))
     for command in commands:
