@@ -19,6 +19,7 @@ _API = {
     "verify": "medclr.data.store",
     "dedup": "medclr.data.dedup",
     "describe": "medclr.describe",
+    "plan": "medclr.plan",
     "pretrain": "medclr.pretrain",
     "finetune": "medclr.finetune",
     "distill": "medclr.distill",
@@ -42,6 +43,7 @@ __all__ = [
     "finetune",
     "index",
     "load_encoder",
+    "plan",
     "predict",
     "prepare",
     "pretrain",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from medclr.embed import read_views as read_views
     from medclr.finetune import finetune as finetune
     from medclr.models.encoder import load_encoder as load_encoder
+    from medclr.plan import plan as plan
     from medclr.predict import predict as predict
     from medclr.pretrain import pretrain as pretrain
     from medclr.probe import probe as probe

@@ -46,6 +46,7 @@ VERBS = {
         "medclr.data.dedup", "find slices that repeat others, and write which to leave out", positional="store"
     ),
     "describe": Verb("medclr.describe", "what is in a manifest or a store, as tables and a page", positional="cohort"),
+    "plan": Verb("medclr.plan", "what a pretraining will take: time, memory, disk, and the batch that fits"),
     "pretrain": Verb("medclr.pretrain", "train an encoder on unlabelled slices (SimCLR)", resumes=True),
     "finetune": Verb("medclr.finetune", "train a model on a few labelled cases, and score it", resumes=True),
     "predict": Verb(

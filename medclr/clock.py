@@ -1,7 +1,7 @@
 """Where the time of a run goes: each moment belongs to one part of the work, so the parts add up to the whole."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,11 +30,15 @@ class Clock:
     Args:
         device: where the work is done.
         spent: seconds of each part before.
+
+    Attributes:
+        begun: how often each part was begun.
     """
 
     def __init__(self, device: torch.device | None = None, spent: Mapping[str, float] | None = None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
         self._spent = dict.fromkeys(PARTS, 0.0) | dict(spent or {})
+        self.begun = Counter[str]()
         self._marks: deque[tuple[str, Any]] = deque()  # a part and when it began; on a GPU the last ones are still open
         self.to("rest")
 
@@ -45,6 +49,7 @@ class Clock:
         else:
             mark = torch.cuda.Event(enable_timing=True)
             mark.record(torch.cuda.current_stream(self._device))
+        self.begun[part] += 1
         self._marks.append((part, mark))
         while len(self._marks) > 1 and (self._device is None or self._marks[1][1].query()):
             part, began = self._marks.popleft()

@@ -129,6 +129,17 @@ class DataConfig:
     leave_out_sha256: str | None = None
     """Filled in by the run: the hash of that table, which must not change under the same name."""
 
+    order: Literal["auto", "shuffle", "shards"] = "auto"
+    """shuffle: all slices at random; shards: the store's files in random order, each read from end to end, and slices
+    at random within a window of them, for a store that does not fit in memory; auto: shards where the slices take more
+    than half of the memory. A run keeps, on any machine, what was chosen when it began."""
+
+    window_mb: int = 2048
+    """The window of order shards, in MiB of slices; memory should hold two."""
+
+    def __post_init__(self) -> None:
+        _require({"data.window_mb": (self.window_mb >= 1, "at least 1")})
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -427,7 +438,7 @@ def to_yaml(settings: dict[str, Any]) -> str:
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted names of the settings in which two resolved configurations differ, with both values."""
-    flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
+    flat_a, flat_b = dict(flatten(a)), dict(flatten(b))
     pairs = {key: (flat_a.get(key), flat_b.get(key)) for key in sorted(flat_a.keys() | flat_b.keys())}
     return {key: (was, now) for key, (was, now) in pairs.items() if was != now}
 
@@ -469,17 +480,18 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _check_keys(path: Path, known: set[str]) -> None:
-    for key, _ in _flatten(read_yaml(path)):
+    for key, _ in flatten(read_yaml(path)):
         if key not in known:
             raise MedclrError(f"{path}: unknown setting {key!r}{nearest(key, sorted(known))}")
         if inside := sorted(name for name in known if name.startswith(f"{key}.")):
             raise MedclrError(f"{path}: {key!r} is a group; write its settings below it, such as {inside[0]}")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of nested groups by their dotted names."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ from medclr.models.weights import load_weights
 from medclr.optim.lars import build_optimizer, param_groups
 from medclr.optim.schedule import scaled_lr, warmup_cosine
 from medclr.progress import duration, progress
-from medclr.request import Request, open_run, read_settings
+from medclr.request import Request, chosen_order, open_run, read_settings
 from medclr.step import Plan, Result, Step, plan_of
 from medclr.stop import GaveUp, StopRequest
 from medclr.track import Backend, Tracker, check, read_metrics
@@ -119,7 +119,7 @@ def pretrain(
 def command(arguments: Sequence[str]) -> RunSummary:
     """``medclr pretrain``: the options are the fields of PretrainConfig and of the chosen method's Config."""
     started = time.perf_counter()
-    return _train(read_settings(arguments), started)
+    return train(read_settings(arguments), started)
 
 
 @dataclass
@@ -168,7 +168,18 @@ class State:
             setattr(self, name, saved.get(name, getattr(self, name)))  # earlier versions had no row
 
 
-def _train(request: Request, started: float) -> RunSummary:
+Enough = Callable[[int, Clock], bool]
+"""Asked after each step, with the number of steps that are done."""
+
+
+def train(request: Request, started: float, enough: Enough | None = None) -> RunSummary:
+    """The run that is asked for, begun at that value of ``time.perf_counter``.
+
+    Args:
+        request: what is asked for.
+        started: when.
+        enough: whether to end the run as if it were complete; None: it goes on to the end.
+    """
     settings = request.settings
     group = Group.from_environment(settings.device)
     try:
@@ -178,10 +189,25 @@ def _train(request: Request, started: float) -> RunSummary:
             indices = store.indices(settings.data.split)  # [n]
             if settings.data.leave_out:
                 indices = np.setdiff1d(indices, left_out(store, settings.data.leave_out))
+            slices_bytes = 2 * store.info.size_px**2 * len(indices)
+            chosen = chosen_order(request, slices_bytes) if group.is_first else ""
+        order: Any = group.from_first(chosen.encode()).decode()  # the nodes may differ in their memory
+        settings = replace(settings, data=replace(settings.data, order=order))
+        request = replace(request, settings=settings)
+        with group.together():
             plan = plan_of(settings.batch, settings.chunk, group)
-            share, per_scan = (plan.rows, plan.pieces), settings.data.slices_per_scan
-            pinned = device.type == "cuda"
-            loader = Loader(store, indices, settings.batch, settings.seed, *share, per_scan, pinned=pinned)
+            window_bytes = settings.data.window_mb * 2**20 if order == "shards" else None
+            loader = Loader(
+                store,
+                indices,
+                settings.batch,
+                settings.seed,
+                plan.rows,
+                plan.pieces,
+                settings.data.slices_per_scan,
+                window_bytes,
+                pinned=device.type == "cuda",
+            )
             check(request.track)
             keep_freed_memory()
             method = _build(request, group, device)
@@ -192,7 +218,7 @@ def _train(request: Request, started: float) -> RunSummary:
                     open_run(request)
             clock = Clock(device, _spent(request.out))
             clock.add("rest", time.perf_counter() - started)
-            return _loop(request, method, loader, plan, group, clock)
+            return _loop(request, method, loader, plan, group, clock, enough)
     finally:
         group.close()
 
@@ -212,11 +238,18 @@ def _build(request: Request, group: Group, device: torch.device) -> PretrainingM
 
 
 def _loop(
-    request: Request, method: PretrainingMethod, loader: Loader, plan: Plan, group: Group, clock: Clock
+    request: Request,
+    method: PretrainingMethod,
+    loader: Loader,
+    plan: Plan,
+    group: Group,
+    clock: Clock,
+    enough: Enough | None,
 ) -> RunSummary:
     settings, out, store = request.settings, request.out, loader.store
     device = next(method.parameters()).device
     per_epoch, total = loader.steps_per_epoch, settings.epochs * loader.steps_per_epoch
+    end = total
     warmup_steps = round(settings.optim.warmup * total)
     peak_lr = scaled_lr(settings.optim.base_lr, settings.batch, settings.optim.lr_scaling)
     groups = param_groups(method, settings.optim.weight_decay)
@@ -234,7 +267,7 @@ def _loop(
             clock.to("rest")
             _write_times(out, clock)
 
-    def train(lr: float) -> dict[str, float]:
+    def one_step(lr: float) -> dict[str, float]:
         """One step; its row of the metrics."""
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
@@ -276,12 +309,15 @@ def _loop(
         StopRequest(group) as stop,
         contextlib.closing(loader.epochs(state.step, settings.epochs)) as batches,
     ):
-        while state.step < total or state.row:
+        while state.step < end or state.row:
             try:
-                state.row = state.row or train(peak_lr * warmup_cosine(state.step, total, warmup_steps))
+                state.row = state.row or one_step(peak_lr * warmup_cosine(state.step, total, warmup_steps))
+                if enough is not None and enough(state.step, clock):
+                    end = state.step
                 epoch, within = divmod(state.step, per_epoch)
-                is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == total
-                clock.to("monitor")
+                is_watched = (within == 0 and epoch % settings.monitor.every_epochs == 0) or state.step == end
+                if is_watched:
+                    clock.to("monitor")
                 seen = look(method, store, loader.indices, settings, device, group, stop) if is_watched else {}
                 clock.to("rest")
             except GaveUp:
@@ -296,8 +332,8 @@ def _loop(
             now = time.perf_counter()
             if is_watched:
                 speed.restart()
-            is_stopped = stop.asked() and state.step < total
-            if is_stopped or state.step == total or now - saved_at > 60 * settings.monitor.checkpoint_minutes:
+            is_stopped = stop.asked() and state.step < end
+            if is_stopped or state.step == end or now - saved_at > 60 * settings.monitor.checkpoint_minutes:
                 save()
                 saved_at = now
             if is_stopped:

@@ -1,7 +1,7 @@
 """A run folder: made once, resumed by the same settings and by no others, replaced only if asked."""
 
 import shutil
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ def is_passing(path: Path) -> bool:
 
 
 def open_folder(
-    out: Path, resolved: dict[str, Any], written: Set[str], harmless: Set[str], *, overwrite: bool = False
+    out: Path,
+    resolved: dict[str, Any],
+    written: Set[str],
+    harmless: Set[str],
+    *,
+    overwrite: bool = False,
+    earlier: Mapping[str, Any] = {},
 ) -> None:
     """Make the folder of a run and its config.yaml, or accept one with the same settings.
 
@@ -29,6 +35,7 @@ def open_folder(
         written: names of all that a run of this kind writes, and so all that ``overwrite`` may remove.
         harmless: dotted names of settings that cannot change the result, and so may differ.
         overwrite: replace a run that is there.
+        earlier: settings that a run of an earlier version may not name, by their dotted name, and what it did.
 
     Raises:
         MedclrError: it holds another run, or something that no run wrote.
@@ -47,7 +54,11 @@ def open_folder(
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     else:
         changed = differences(read_yaml(existing), resolved)
-        telling = [f"{name} was {was} and is now {now}" for name, (was, now) in changed.items() if name not in harmless]
+        telling = [
+            f"{name} was {was} and is now {now}"
+            for name, (was, now) in changed.items()
+            if name not in harmless and (earlier.get(name) if was is None else was) != now
+        ]
         if telling:
             more = [f"and {len(telling) - MOST} more"] if len(telling) > MOST else []
             told = "; ".join(telling[:MOST] + more)

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "medclr"
 LAYERS = (  # a file may import what stands above it, and its own folder
     "errors", "files", "config", "progress figures report track monitor memory clock runs", "checkpoint distributed",
-    "stop", "scans", "sources", "data", "augment models losses optim outcomes figures_masks", "statistics methods tasks",
-    "embed describe trained",
-    "step look request gallery", "pretrain finetune probe", "distill predict",
+    "stop", "scans", "sources", "data", "augment models losses optim outcomes figures_masks",
+    "statistics methods tasks", "embed describe trained",
+    "step look request gallery", "pretrain finetune probe", "distill predict plan",
     "compare_plan", "compare_results", "compare_figures", "compare_page", "compare", "demo", "cli", "__main__",
 )  # fmt: skip
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names.split()}

@@ -1,6 +1,12 @@
 """The order of the samples, the share of each process, and reading ahead."""
 
+import gc
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +16,7 @@ import torch
 from cohort import mixed_cohort
 
 import medclr.data.loader as loading
+import medclr.data.prepare as preparing
 from medclr.data.loader import Batch, Facts, Loader, load_batch, load_facts
 from medclr.data.prepare import prepare
 from medclr.data.store import Store
@@ -150,6 +157,168 @@ def test_facts_are_a_batch_without_its_pixels(store):
     assert not hasattr(facts, "images")
 
 
+# Shards that are read one after another
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Store:
+    """The same slices, each scan in a shard of its own."""
+    folder: Path = tmp_path_factory.mktemp("shards")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "SHARD_SLICES", 4)
+        prepare(mixed_cohort(folder), folder / "store", size_px=24)
+    return Store(folder / "store")
+
+
+SLICE_BYTES = 2 * 24**2
+
+
+@pytest.mark.parametrize("slices_per_scan", [None, 3])
+@pytest.mark.parametrize("window", [1, 20, 10_000])
+def test_a_window_of_shards_is_done_before_the_next_begins(shards, window, slices_per_scan):
+    indices = shards.indices()[::2] if slices_per_scan is None else shards.indices()
+    loader = Loader(shards, indices, 4, 3, None, None, slices_per_scan, window * SLICE_BYTES)
+    orders = [loader.order(epoch) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    for order in orders:
+        assert len(set(order.tolist())) == len(order)
+        if slices_per_scan is None:
+            assert sorted(order) == sorted(indices)
+        visited = shards.column("shard")[order]
+        runs = [int(shard) for i, shard in enumerate(visited) if i == 0 or visited[i - 1] != shard]
+        if window == 1:
+            assert len(runs) == len(set(runs)) == len(shards.info.shard_slices), "one shard at a time"
+            assert runs != sorted(runs)
+        first = {shard: np.flatnonzero(visited == shard)[0] for shard in set(runs)}
+        last = {shard: np.flatnonzero(visited == shard)[-1] for shard in set(runs)}
+        reading = [sum(first[s] <= i <= last[s] for s in first) for i in range(len(order))]
+        at_once = {1: 1, 20: 5, 10_000: len(shards.info.shard_slices)}[window]
+        assert max(reading) <= at_once, "so many shards of 5 slices begin before 20 slices are full"
+    if window == 10_000:
+        assert [len(set(shards.column("shard")[order[:8]])) > 2 for order in orders] == [True] * 3, "well mixed"
+
+
+def test_shards_are_read_through_before_their_window_and_resuming_changes_nothing(shards, monkeypatch):
+    read: list[int] = []
+    through = Store.read_through
+    monkeypatch.setattr(Store, "read_through", lambda self, shard: (read.append(shard), through(self, shard))[1])
+
+    def loader() -> Loader:
+        return Loader(shards, shards.indices(), 5, 3, window_bytes=20 * SLICE_BYTES)
+
+    batches = list(loader().epochs(0, 2))
+    visited = shards.column("shard")[np.concatenate([loader().order(0)[:55], loader().order(1)[:55]])]
+    n = len(shards.info.shard_slices)
+    assert len(read) == 2 * n, "each once an epoch"
+    assert set(read[:n]) == set(read[n:]) == set(visited.tolist())
+    per_epoch = loader().steps_per_epoch
+    for step in (3, per_epoch - 1, per_epoch, per_epoch + 2):
+        read.clear()
+        for a, b in zip(loader().epochs(step, 2), batches[step:], strict=True):
+            assert_same(a, b)
+        assert set(read) == set(visited[step * 5 :].tolist())
+    assert not readers()
+
+
+def test_leaving_while_shards_are_read_through(shards, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(self, shard):
+        begun.set()
+        while not go.is_set():
+            yield
+            go.wait(0.001)
+
+    monkeypatch.setattr(Store, "read_through", slow)
+    epoch = Loader(shards, shards.indices(), 5, 3, window_bytes=20 * SLICE_BYTES).epoch(0)
+    consumer = threading.Thread(target=lambda: next(epoch, None))
+    consumer.start()
+    begun.wait()
+    assert consumer.is_alive(), "it waits for its window"
+    go.set()
+    consumer.join()
+    go.clear()  # the next window never ends by itself
+    epoch.close()
+    assert not readers()
+
+
+def test_errors_of_reading_through_reach_the_consumer(shards, monkeypatch):
+    def broken(self, shard):
+        raise MedclrError("slices-00003.npy: cannot be read")
+
+    monkeypatch.setattr(Store, "read_through", broken)
+    with pytest.raises(MedclrError, match="cannot be read"):
+        next(Loader(shards, shards.indices(), 5, 3, window_bytes=20 * SLICE_BYTES).epoch(0))
+    assert not readers()
+
+
+# Threads, and what they leave behind
+
+
+def test_never_more_than_so_many_batches_in_flight(store, monkeypatch):
+    taken, most, lock = 0, 0, threading.Lock()
+    load, begun = loading.load_batch, [0]
+
+    def counted(*args):
+        nonlocal most
+        with lock:
+            begun[0] += 1
+            most = max(most, begun[0] - taken)
+        return load(*args)
+
+    monkeypatch.setattr(loading, "load_batch", counted)
+    for _ in Loader(store, store.indices(), 2, 0).epochs(0, 20):
+        time.sleep(0.0002)
+        taken += 1
+    assert begun[0] == taken == 20 * 27
+    assert most == loading.READ_AHEAD + 1
+
+
+def held() -> tuple[int, int]:
+    """Bytes of memory, and open files, of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window_bytes", [None, 20 * SLICE_BYTES])
+def test_ten_thousand_steps_leave_nothing_behind(shards, window_bytes):
+    loader = Loader(shards, shards.indices(), 5, 0, window_bytes=window_bytes)
+    step, threads = 0, threading.active_count()
+    for _ in loader.epochs(0, 10_000 // loader.steps_per_epoch + 1):
+        step += 1
+        if step == 2000:
+            gc.collect()
+            before = held()
+    gc.collect()
+    assert step > 10_000
+    memory, files = held()
+    assert memory - before[0] < 2**21, "a leak of the pixels of a batch alone would be 90 MB"
+    assert files == before[1]
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, None], ids=["ctrl-c", "exception"])
+def test_a_process_that_is_left_in_the_middle_ends(shards, number):
+    code = f"""
+import os, sys, threading
+from pathlib import Path
+from medclr.data.loader import Loader
+from medclr.data.store import Store
+store = Store(Path({str(shards.path)!r}))
+try:
+    for step, batch in enumerate(Loader(store, store.indices(), 5, 0).epochs(0, 10**6)):
+        if step == 20:
+            {"raise ValueError" if number is None else f"os.kill(os.getpid(), {int(number)})"}
+except (ValueError, KeyboardInterrupt):
+    del batch
+    print([thread.name for thread in threading.enumerate()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "['MainThread']\n"
+
+
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
@@ -177,15 +346,16 @@ def test_stopping_early_leaves_no_thread(store):
 
 def test_errors_of_the_reader_reach_the_consumer(store, monkeypatch):
     load = loading.load_batch
-    steps = iter(range(100))
+    loader = Loader(store, store.indices(), 2, 0)
+    bad = loader.order(0)[8]  # the first of batch 4
 
-    def broken(*args):
-        if next(steps) == 4:
+    def broken(store, indices):
+        if bad in indices:
             raise MedclrError("slices-00003.npy: cannot be read")
-        return load(*args)
+        return load(store, indices)
 
     monkeypatch.setattr(loading, "load_batch", broken)
-    epoch = Loader(store, store.indices(), 2, 0).epoch(0)
+    epoch = loader.epoch(0)
     for _ in range(4):  # what was read before is delivered
         next(epoch)
     with pytest.raises(MedclrError, match=r"slices-00003\.npy: cannot be read"):

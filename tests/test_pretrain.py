@@ -208,6 +208,41 @@ def test_sigterm_does_not_wait_for_a_long_step_or_look(run, image_store, tmp_pat
     assert_same_run(out, run)
 
 
+def test_the_order_is_chosen_by_the_memory_and_then_kept(run, image_store, tmp_path, monkeypatch):
+    out, small = tmp_path / "run", {**SMALL, "epochs": 1, "data.window_mb": 1}
+
+    def order(**more: object) -> str:
+        medclr.pretrain(image_store, out, settings=small, **more)
+        return read_yaml(out / "config.yaml")["data"]["order"]
+
+    assert read_yaml(run / "config.yaml")["data"]["order"] == "shuffle"
+    monkeypatch.setattr("medclr.request.machine_bytes", lambda: 3 * 48 * 32**2)
+    assert order() == "shards", "its slices are two thirds of the memory"
+    monkeypatch.setattr("medclr.request.machine_bytes", lambda: 2**40)
+    assert order() == "shards", "as it began"
+    with pytest.raises(MedclrError, match=r"data\.order was shards and is now shuffle"):
+        medclr.pretrain(image_store, out, settings={**small, "data.order": "shuffle"})
+    assert order(overwrite=True) == "shuffle"
+    monkeypatch.setattr("medclr.request.machine_bytes", lambda: 1)
+    text = (out / "config.yaml").read_text()
+    old = "".join(text.split(", order: shuffle, window_mb: 1"))
+    assert old != text
+    (out / "config.yaml").write_text(old)
+    with pytest.raises(MedclrError, match=r"\(data\.window_mb was None and is now 1\)"):
+        order()
+    small["data.window_mb"] = 2048
+    assert order() == "shuffle", "a run of an earlier version"
+
+
+def test_a_run_that_reads_shard_by_shard_goes_on_to_the_same_weights(image_store, tmp_path):
+    shards = ("--data.order", "shards", "--data.window_mb", "1")
+    whole, out = (command(image_store, tmp_path / name, *shards)[3:] for name in ("whole", "run"))
+    assert main(whole) == 0
+    stopped(out, Method, "objective", 9)
+    assert main(out) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 GROWING = {**SMALL, "encoder.stem": "imagenet", "views.size_px": 16, "views.size_px_schedule": "[[0,8],[0.5,16]]"}
 
 

@@ -1,5 +1,6 @@
 """Reading a slice store, and noticing when it is not what was written."""
 
+import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -10,8 +11,9 @@ import pytest
 from cohort import mixed_cohort
 
 from medclr import files
+from medclr.data import blobs, tables
 from medclr.data import prepare as preparing
-from medclr.data import tables
+from medclr.data.blobs import Folder
 from medclr.data.encode import nearest
 from medclr.data.prepare import prepare
 from medclr.data.store import Store, to_source_grid, verify
@@ -96,6 +98,79 @@ def test_threads_may_share_it(made):
     with ThreadPoolExecutor(8) as pool:
         for together in pool.map(store.read, [range(55)] * 32):
             np.testing.assert_array_equal(together, alone)
+
+
+class TwoDisks:
+    """Shards of even number in one folder, the others in another; counts what it is asked for."""
+
+    def __init__(self, even: Path, odd: Path) -> None:
+        self.folders, self.reads = (Folder(even), Folder(odd)), 0
+
+    def folder(self, name: str) -> Folder:
+        return self.folders[int(name.removesuffix(".npy")[-5:]) % 2]
+
+    def size(self, name: str) -> int:
+        return self.folder(name).size(name)
+
+    def read(self, name: str, offset: int, into: memoryview) -> int:
+        self.reads += 1
+        return self.folder(name).read(name, offset, into)
+
+
+def test_shards_may_lie_anywhere(copy, made, tmp_path):
+    other = tmp_path / "disk"
+    other.mkdir()
+    for path in copy.glob("*-*[13579].npy"):
+        path.rename(other / path.name)
+    with pytest.raises(MedclrError, match=r"-0000\d\.npy: is missing from the store"):
+        Store(copy)
+    store, whole, order = Store(copy, blobs=TwoDisks(copy, other)), Store(made / "store"), [40, 3, 54, 4, 5, 17]
+    np.testing.assert_array_equal(store.read(order), whole.read(order))
+    np.testing.assert_array_equal(store.masks(order), whole.masks(order))
+    (copy / "slices-00000.npy").unlink()
+    with pytest.raises(MedclrError, match=r"slices-00000\.npy: is missing from the store"):
+        Store(copy, blobs=TwoDisks(copy, other))
+
+
+def test_neighbours_are_read_at_once(made):
+    disks = TwoDisks(made / "store", made / "store")
+    store = Store(made / "store", blobs=disks)
+    shard = store.column("shard")
+    store.read(range(len(store)))
+    n = len(np.unique(shard))
+    assert disks.reads == 2 * n, "the header and the slices of each shard"
+    store.read([3, 4, 5, 5, 7, 6])
+    assert disks.reads == 2 * n + 4
+    begun = sum(1 for _ in store.read_through(0))
+    assert begun == 1, "it is small"
+    assert disks.reads == 2 * n + 5
+
+
+def test_what_cannot_be_read_is_one_sentence(made):
+    class Broken(TwoDisks):
+        def read(self, name: str, offset: int, into: memoryview) -> int:
+            if offset and name.startswith("masks"):
+                raise OSError(5, "Input/output error")
+            return super().read(name, offset, into) - (1 if offset else 0)
+
+    store = Store(made / "store", blobs=Broken(made / "store", made / "store"))
+    with pytest.raises(MedclrError, match=r"slices-0000\d\.npy: cannot be read \(it ends at [\d,]+ bytes\); delete"):
+        store.read([20])
+    with pytest.raises(MedclrError, match=r"masks-0000\d\.npy: cannot be read \(Input/output error\); delete"):
+        store.masks(range(55))
+
+
+def test_few_files_stay_open(made, monkeypatch):
+    monkeypatch.setattr(blobs, "OPEN_FILES", 2)
+    store, whole = Store(made / "store"), Store(made / "store").read(range(55))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ThreadPoolExecutor(8) as pool:
+        for together in pool.map(store.read, [range(55)] * 32):
+            np.testing.assert_array_equal(together, whole)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
+    del store
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_table_of_scans_survives_the_text(made):

@@ -3,13 +3,18 @@
 The order is a function of (seed, epoch) alone, so a run that is resumed at any step, or spread over another number of
 processes, takes the same samples.
 
-Shape letters: B slices of a batch, S = size_px.
+A store that fits in memory is read at random: from the second epoch on the system has it at hand. One that does not is
+read shard by shard in random order, each from end to end and once an epoch, at the sequential speed of the disk; the
+slices are shuffled within a window of shards, and the next window is read while one is trained on.
+
+Shape letters: n slices of an epoch, B slices of a batch, S = size_px.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from threading import Event
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +26,10 @@ from medclr.data.store import Store
 from medclr.errors import MedclrError
 
 READ_AHEAD = 3
-"""Batches that are read while the one before them is trained on."""
+"""Batches that are read, or lie ready, while the one before them is trained on: never more."""
+
+READERS = 4
+"""Threads that read them: a disk answers several questions at once faster than one after another."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,8 @@ class Loader:
         rows: which rows [b] of each global batch are this process's; None: all.
         pieces: in which pieces, numbers among ``rows``, a batch is handed out; None: in one.
         slices_per_scan: an epoch takes at most so many slices of each scan, drawn anew for each epoch; None: all.
+        window_bytes: the slices are shuffled within whole shards of so many bytes together, which should fit in memory
+            twice; None: all of them at once.
         pinned: keep the pixels where a GPU can fetch them by itself, without anyone waiting; needs a GPU.
 
     Raises:
@@ -163,6 +173,7 @@ class Loader:
         rows: NDArray[np.int64] | None = None,
         pieces: Sequence[NDArray[np.int64]] | None = None,
         slices_per_scan: int | None = None,
+        window_bytes: int | None = None,
         *,
         pinned: bool = False,
     ) -> None:
@@ -173,6 +184,7 @@ class Loader:
         self.slices_per_scan = slices_per_scan
         if slices_per_scan is not None and slices_per_scan < 1:
             raise MedclrError(f"data.slices_per_scan {slices_per_scan} must be at least 1, or null for all")
+        self._window_bytes = window_bytes
         self._pinned = pinned
         self._rows = np.arange(batch_size) if rows is None else rows  # [b]
         self._pieces = [np.arange(len(self._rows))] if pieces is None else pieces
@@ -185,9 +197,11 @@ class Loader:
             )
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """The slices of an epoch, in order."""
+        """The slices [n] of an epoch, in order."""
         generator = np.random.default_rng([self.seed, epoch])
         shuffled = generator.permutation(self.indices)
+        if self._window_bytes is not None:
+            shuffled = shuffled[np.argsort(self._window_of(epoch, shuffled), kind="stable")]
         if self.slices_per_scan is None:
             return shuffled
         scan = self.store.column("scan")[shuffled]
@@ -197,32 +211,108 @@ class Loader:
         place[by_scan] = np.arange(len(scan)) - first  # how many slices of its scan come before each
         return shuffled[place < self.slices_per_scan]
 
-    def epochs(self, step: int, epochs: int) -> Generator[Batch]:
-        """The batches of all ``epochs``, piece by piece, from ``step`` of the first on."""
-        for epoch in range(step // self.steps_per_epoch, epochs):
-            yield from self.epoch(epoch, start_step=max(step - epoch * self.steps_per_epoch, 0))
+    def _window_of(self, epoch: int, slices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The window [n] in which each of the slices is read: the shards in random order, cut into pieces."""
+        assert self._window_bytes is not None
+        shard = self.store.column("shard")
+        shards = np.random.default_rng([self.seed, epoch, 1]).permutation(np.unique(shard[self.indices]))
+        size = self.store.shard_bytes[shards]
+        _, window = np.unique((size.cumsum() - size) // self._window_bytes, return_inverse=True)  # ascending, no gaps
+        window_of_shard = np.zeros(len(self.store.info.shard_slices), dtype=np.int64)
+        window_of_shard[shards] = window
+        return np.asarray(window_of_shard[shard[slices]])
 
     def share(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
         """This process's slices [b] of a step of an epoch with that order."""
         return order[step * self.batch_size : (step + 1) * self.batch_size][self._rows]
 
+    def epochs(self, step: int, epochs: int) -> Generator[Batch]:
+        """The batches of all ``epochs``, piece by piece, from ``step`` of the first on; threads read ahead."""
+        return self._read_ahead(range(step, epochs * self.steps_per_epoch))
+
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
-        """The batches of an epoch from ``start_step`` on, piece by piece; a thread reads the next ones meanwhile."""
-        order = self.order(epoch)
-        steps = range(start_step, self.steps_per_epoch)
-        batches = (self.share(order, step)[piece] for step in steps for piece in self._pieces)
-        pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        """The batches of an epoch from ``start_step`` on, piece by piece; threads read ahead."""
+        first = epoch * self.steps_per_epoch
+        return self._read_ahead(range(first + start_step, first + self.steps_per_epoch))
+
+    def _read_ahead(self, steps: range) -> Generator[Batch]:
+        """The batches of steps, counted over all epochs."""
+        pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
+        through = None if self._window_bytes is None else _ReadThrough(self.store, self._windows(steps))
         waiting: deque[Future[Batch]] = deque()
         try:
-            for indices in batches:
-                waiting.append(pool.submit(self._read, indices))
-                if len(waiting) > READ_AHEAD:
-                    yield waiting.popleft().result()
+            for epoch, slices in self._epochs_of(steps):
+                order = self.order(epoch)
+                windows = None if through is None else self._window_of(epoch, order)
+                for step in slices:
+                    mine = self.share(order, step)
+                    last = (step + 1) * self.batch_size - 1
+                    ready = through.until(epoch, windows[last]) if through and windows is not None else None
+                    for piece in self._pieces:
+                        waiting.append(pool.submit(self._read, mine[piece], ready))
+                        if len(waiting) > READ_AHEAD:
+                            yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            if through is not None:
+                through.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, indices: NDArray[np.int64]) -> Batch:
+    def _epochs_of(self, steps: range) -> Iterator[tuple[int, range]]:
+        """Each epoch of the steps, and which of its own steps those are."""
+        per_epoch = self.steps_per_epoch
+        for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
+            first = epoch * per_epoch
+            yield epoch, range(max(steps.start - first, 0), min(steps.stop - first, per_epoch))
+
+    def _windows(self, steps: range) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
+        """(epoch, number) of each window that the steps visit, in order, and its shards."""
+        shard = self.store.column("shard")
+        for epoch, of_epoch in self._epochs_of(steps):
+            rows = slice(of_epoch.start * self.batch_size, of_epoch.stop * self.batch_size)
+            order = self.order(epoch)
+            window = self._window_of(epoch, order)[rows]  # ascending
+            order = order[rows]
+            for number in range(window[0], window[-1] + 1):
+                first, end = np.searchsorted(window, [number, number + 1])
+                yield (epoch, number), np.unique(shard[order[first:end]])
+
+    def _read(self, indices: NDArray[np.int64], ready: "Future[None] | None") -> Batch:
+        if ready is not None:
+            ready.result()
         batch = load_batch(self.store, indices)
         return replace(batch, images=batch.images.pin_memory()) if self._pinned else batch
+
+
+class _ReadThrough:
+    """Reads whole shards, one window ahead of the batches, so that the system has their slices at hand."""
+
+    def __init__(self, store: Store, windows: Iterator[tuple[tuple[int, int], NDArray[np.int64]]]) -> None:
+        self._store, self._windows = store, windows
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead-shards")
+        self._begun: deque[tuple[tuple[int, int], Future[None]]] = deque()  # the window in use, and the next one
+        self._stop = Event()
+
+    def until(self, epoch: int, number: int) -> Future[None]:
+        """Done when that window, and so all before it, has been read; the one behind it is begun, too."""
+        wanted = (epoch, int(number))
+        while not self._begun or self._begun[-1][0] <= wanted:
+            following = next(self._windows, None)
+            if following is None:
+                break
+            self._begun.append((following[0], self._pool.submit(self._read, following[1])))
+        while self._begun[0][0] < wanted:
+            self._begun.popleft()
+        return self._begun[0][1]
+
+    def _read(self, shards: NDArray[np.int64]) -> None:
+        for shard in shards.tolist():
+            for _ in self._store.read_through(shard):
+                if self._stop.is_set():
+                    return
+
+    def close(self) -> None:
+        """Stop, and wait for the thread."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)

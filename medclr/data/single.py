@@ -6,6 +6,7 @@ Shape letters: n stored slices, D slices of the scan, S = size_px.
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 import medclr
 from medclr.data.encode import encode, encoding_of
@@ -55,13 +56,20 @@ class SingleScan(Store):
             files={},
         )
         self._columns = slice_table([self.scan], self.info.modalities, self.info.labels)
-        self._slices = {0: np.concatenate(parts)}  # [n,S,S]
-        self._masks = {}
+        self._pixels = np.concatenate(parts)  # [n,S,S]
 
     @property
     def scans(self) -> list[StoredScan]:
         """The one scan."""
         return [self.scan]
+
+    def read(self, indices: ArrayLike) -> NDArray[np.uint16]:
+        """[B,S,S], as stored, in the order asked for."""
+        return self._pixels[np.asarray(indices, dtype=np.int64)]
+
+    def masks(self, indices: ArrayLike) -> NDArray[np.uint16]:
+        """[B,S,S], 0 throughout."""
+        return np.zeros_like(self.read(indices))
 
 
 def _nameless(scan: Scan) -> ScanRow:

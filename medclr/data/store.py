@@ -1,4 +1,4 @@
-"""The slice store: every scan decoded once, as square uint16 slices that are read through memory maps.
+"""The slice store: every scan decoded once, as square uint16 slices that are read at random, without decoding.
 
     store.json         what this is: format version, slice size, the manifest's hash, every file's size and SHA-256
     slices-NNNNN.npy   uint16 [n,S,S], whole scans one after another; physical value = offset + scale * stored
@@ -14,10 +14,12 @@ Shape letters: N slices of the store, n of a shard, B asked for, D of a scan; H 
 S = size_px.
 """
 
+import io
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,12 +30,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medclr import files
+from medclr.data.blobs import Blobs, Folder, read_whole
 from medclr.data.encode import nearest
 from medclr.data.tables import REMAKE, StoredScan, read_scans, read_table, slice_table
 from medclr.errors import MedclrError
 from medclr.progress import progress
 
 FORMAT_VERSION = 2
+
+PIECE_BYTES = 4 * 2**20
+"""A whole shard is read so much at a time."""
 
 UNFINISHED = "unfinished.jsonl"
 """Stands in a store until it is complete: what it will be, and then a line for each shard that is written."""
@@ -83,13 +89,14 @@ class Store:
     Args:
         path: the store's folder.
         manifest: if given, the store must have been made from exactly this manifest.
+        blobs: where its shards lie, if that is not ``path``; the tables are there in any case.
 
     Raises:
         MedclrError: there is no store, it was made by another version or from another manifest, or a file of it is
             missing, truncated or not what it should be.
     """
 
-    def __init__(self, path: Path, manifest: Path | None = None) -> None:
+    def __init__(self, path: Path, manifest: Path | None = None, blobs: Blobs | None = None) -> None:
         self.path = Path(path)
         self.info = read_info(self.path)
         if manifest is not None and (digest := files.sha256(Path(manifest))) != self.info.manifest_sha256:
@@ -97,11 +104,12 @@ class Store:
                 f"{self.path}: was made from another manifest ({self.info.manifest_name}, SHA-256"
                 f" {self.info.manifest_sha256[:12]}) than {manifest} ({digest[:12]}); prepare that into another folder"
             )
+        here = Folder(self.path)
+        self._blobs = blobs or here
         for name, written in self.info.files.items():
-            _check_size(self.path / name, written.size)
+            _check_size(self.path / name, self._blobs if is_shard(name) else here, written.size)
         self._columns = read_table(self.path / "slices.arrow", self.info.n_slices)
-        self._slices: dict[int, NDArray[np.uint16]] = {}  # shard -> [n,S,S], mapped when first read
-        self._masks: dict[int, NDArray[np.uint16]] = {}
+        self._begins: dict[str, int] = {}  # file of a shard -> where its slices begin, once it was looked at
 
     def __len__(self) -> int:
         return self.info.n_slices
@@ -139,7 +147,7 @@ class Store:
 
     def read(self, indices: ArrayLike) -> NDArray[np.uint16]:
         """[B,S,S], as stored, in the order asked for."""
-        return self._gather(indices, self._slices, slices_name)
+        return self._gather(indices, "slices")
 
     def physical(self, indices: ArrayLike) -> NDArray[np.float32]:
         """[B,S,S], in the modality's units (Hounsfield units for CT)."""
@@ -151,19 +159,54 @@ class Store:
 
     def masks(self, indices: ArrayLike) -> NDArray[np.uint16]:
         """[B,S,S], labels; 0 throughout for a scan without a mask (see ``StoredScan.has_mask``)."""
-        return self._gather(indices, self._masks, masks_name)
+        return self._gather(indices, "masks")
 
-    def _gather(
-        self, indices: ArrayLike, mapped: dict[int, NDArray[np.uint16]], name_of: Callable[[int], str]
-    ) -> NDArray[np.uint16]:
+    def _gather(self, indices: ArrayLike, kind: str) -> NDArray[np.uint16]:
         indices = np.asarray(indices, dtype=np.int64)  # [B]
-        found = np.empty((len(indices), self.info.size_px, self.info.size_px), dtype=np.uint16)  # [B,S,S]
-        shards, rows = self._columns["shard"][indices].tolist(), self._columns["row"][indices].tolist()
-        for i, (shard, row) in enumerate(zip(shards, rows, strict=True)):
-            if shard not in mapped:
-                mapped[shard] = _map_shard(self.path, self.info, shard, name_of(shard))
-            found[i] = mapped[shard][row]
+        size_px = self.info.size_px
+        found = np.empty((len(indices), size_px, size_px), dtype=np.uint16)  # [B,S,S]
+        shards, rows = self._columns["shard"][indices], self._columns["row"][indices]  # [B] each
+        # Slices that stand one after another in a file, as those of a scan do, are read at once.
+        ends = np.flatnonzero((np.diff(shards) != 0) | (np.diff(rows) != 1)) + 1
+        bounds = [0, *ends.tolist(), len(indices)] if len(indices) else []
+        for first, end in itertools.pairwise(bounds):
+            name = f"{kind}-{shards[first]:05d}.npy"
+            if name in self.info.files:
+                offset = self.begin(name, int(shards[first])) + int(rows[first]) * 2 * size_px**2
+                into = found[first:end].data.cast("B")
+                read_whole(self._blobs, self.path / name, offset, into, REMAKE)
+            else:
+                found[first:end] = 0
         return found
+
+    def begin(self, name: str, shard: int) -> int:
+        """The byte at which the slices in a file of a shard begin.
+
+        Raises:
+            MedclrError: the file is not what was written.
+        """
+        if name not in self._begins:
+            shape = (self.info.shard_slices[shard], self.info.size_px, self.info.size_px)
+            self._begins[name] = _check_header(self._blobs, self.path / name, self.info.files[name].size, shape)
+        return self._begins[name]
+
+    def read_through(self, shard: int) -> Iterator[None]:
+        """Read the slices of a shard from end to end, as fast as the disk can, for the system to keep them at hand.
+
+        Yields after each piece, so that one can stop.
+        """
+        name = slices_name(shard)
+        if name in self.info.files:
+            piece = memoryview(bytearray(min(PIECE_BYTES, self.info.files[name].size)))
+            for offset in range(0, self.info.files[name].size, PIECE_BYTES):
+                left = self.info.files[name].size - offset
+                read_whole(self._blobs, self.path / name, offset, piece[:left], REMAKE)
+                yield
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """[shards], what the slices of each take."""
+        return np.array(self.info.shard_slices, dtype=np.int64) * 2 * self.info.size_px**2
 
 
 def verify(store: Path) -> str:
@@ -193,7 +236,8 @@ def verify(store: Path) -> str:
             advance(1)
     for shard in range(len(info.shard_slices)):
         for name in (slices_name(shard), masks_name(shard)):
-            _map_shard(opened.path, info, shard, name)
+            if name in info.files:
+                opened.begin(name, shard)
     _check_scans(opened)
     for name, column in slice_table(opened.scans, info.modalities, info.labels).items():
         if not np.array_equal(column, opened.column(name)):
@@ -288,23 +332,29 @@ def read_info(folder: Path) -> StoreInfo:
         raise MedclrError(f"{path}: cannot be read ({error}); {REMAKE}") from error
 
 
-def _map_shard(folder: Path, info: StoreInfo, shard: int, name: str) -> NDArray[np.uint16]:
-    """[n,S,S], mapped; zeros if the shard has no such file."""
-    shape = (info.shard_slices[shard], info.size_px, info.size_px)
-    if name not in info.files:
-        return np.broadcast_to(np.uint16(0), shape)
-    try:
-        mapped = np.load(folder / name, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise MedclrError(f"{folder / name}: cannot be read ({error}); {REMAKE}") from error
-    if mapped.shape != shape or mapped.dtype != np.uint16:
-        raise MedclrError(f"{folder / name}: holds {mapped.dtype} {mapped.shape}, expected uint16 {shape}; {REMAKE}")
-    return np.asarray(mapped)  # a plain array: numpy's memmap class would make each slicing several times slower
+def is_shard(name: str) -> bool:
+    """Whether a file of a store holds slices or masks."""
+    return name.endswith(".npy")
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_header(blobs: Blobs, path: Path, size: int, shape: tuple[int, ...]) -> int:
+    """Where the data begin in a .npy file of uint16 of that shape."""
+    head = bytearray(min(size, 4096))
+    read_whole(blobs, path, 0, memoryview(head), REMAKE)
+    stream = io.BytesIO(head)
     try:
-        found = path.stat().st_size
+        np.lib.format.read_magic(stream)
+        found, in_columns, dtype = np.lib.format.read_array_header_1_0(stream)  # the version that is written
+    except ValueError as error:
+        raise MedclrError(f"{path}: cannot be read ({error}); {REMAKE}") from error
+    if found != shape or dtype != np.uint16 or in_columns:
+        raise MedclrError(f"{path}: holds {dtype} {found}, expected uint16 {shape}; {REMAKE}")
+    return stream.tell()
+
+
+def _check_size(path: Path, blobs: Blobs, size: int) -> None:
+    try:
+        found = blobs.size(path.name)
     except FileNotFoundError:
         raise MedclrError(f"{path}: is missing from the store; {REMAKE}") from None
     if found != size:
