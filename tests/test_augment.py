@@ -227,11 +227,12 @@ def slow_resample(
     return ndimage.map_coordinates(pooled, at, order=1, mode="grid-constant", cval=air)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(40, 40, 32), (37, 52, 48), (90, 70, 16)])
-def test_resampling_agrees_with_scipy(height: int, width: int, size: int) -> None:
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 40, 32), (37, 52, 48), (90, 70, 16), (40, 128, 80)])
+@pytest.mark.parametrize("rotation_deg", [0, 30])
+def test_resampling_agrees_with_scipy(height: int, width: int, size: int, rotation_deg: int) -> None:
     n = 12
     images = torch.rand(n, 1, height, width, generator=torch.Generator().manual_seed(0)) * 2000 - 1000
-    transform = RandomResizedCrop(size, area=(0.1, 1.0), rotation_deg=30, flip_lr=True, flip_ud=True)
+    transform = RandomResizedCrop(size, area=(0.1, 1.0), rotation_deg=rotation_deg, flip_lr=True, flip_ud=True)
     params = drawn(transform, images, seed=2) | {"air": torch.linspace(-1024, 0, n)}
     out = transform.apply(images, params)
     box = torch.stack(crop_box(params, params["content"], transform.aspect), 1)
@@ -250,6 +251,17 @@ def test_resampling_agrees_with_scipy(height: int, width: int, size: int) -> Non
             int(levels[i]),
         )
         assert np.abs(out[i, 0].numpy() - expected).max() < 2000 * 1e-4
+
+
+def test_straight_and_rotated_images_of_a_batch_do_not_matter_to_each_other() -> None:
+    images = images_for(RandomResizedCrop, n=9, height=64, width=64)
+    transform = RandomResizedCrop(16, area=(0.1, 1.0), flip_lr=True)  # of several levels of the pyramid
+    params = drawn(transform, images) | {"rotation_deg": torch.tensor([0.0, 0, 0, 0, 0, 0, 5, 6, 7])}
+    together = transform.apply(images, params)
+    for i in range(9):
+        assert torch.equal(transform.apply(images[i : i + 1], select(params, slice(i, i + 1)))[0], together[i])
+    a_little = params | {"rotation_deg": params["rotation_deg"].clamp(min=1e-4)}
+    torch.testing.assert_close(transform.apply(images, a_little), together, atol=0.5, rtol=0)  # of 1500
 
 
 def test_the_whole_image_at_its_own_size_is_unchanged() -> None:
@@ -298,12 +310,13 @@ def test_a_large_crop_is_antialiased() -> None:
                                torch.tensor([0, 1, 2]))  # fmt: skip
 
 
-def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are resampled in blocks that fit the cache; where the cut falls must not matter."""
-    transform, images = make(RandomResizedCrop), images_for(RandomResizedCrop, n=9)
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, kind: type[BatchTransform]) -> None:
+    """A batch is worked on in blocks that fit the cache; where the cut falls must not matter."""
+    transform, images = make(kind), images_for(kind, n=9)
     params = drawn(transform, images)
     whole = transform.apply(images, params)
-    monkeypatch.setattr(geometry, "CACHED", 2 * images[0].numel())
+    monkeypatch.setattr("medclr.augment.transform.CACHED", 2 * images[0].numel())
     assert torch.equal(transform.apply(images, params), whole)
 
 
@@ -389,6 +402,23 @@ def test_blur_is_monais_inside_and_normalised_at_the_edge() -> None:
         assert np.abs(out[i, 0].numpy() - expected).max() < 1e-5
     flat = torch.full((2, 1, 64, 64), 0.7)
     torch.testing.assert_close(intensity.blur(flat, torch.tensor([0.1, 2.0])), flat)
+
+
+def test_blur_beyond_four_sigma_is_nothing() -> None:
+    images, sigma = images_for(intensity.RandomBlur, n=8, height=240, width=60), torch.linspace(0.1, 2, 8)
+    whole = intensity.blur(images, sigma)
+    short = intensity.RandomBlur((0.1, 2.0)).transform(images, {"sigma_px": sigma})
+    assert not torch.equal(short, whole)
+    torch.testing.assert_close(short, whole, atol=5e-5, rtol=0)
+
+
+def test_both_ways_to_blur_agree() -> None:
+    """Sums of rows on a processor, sums of shifted images on a GPU."""
+    images = images_for(intensity.RandomBlur, height=70, width=60)
+    kernel = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    kernel = torch.cat([kernel.flip(1), kernel[:, 1:]], 1)  # [6,7], symmetric
+    rows, shifts = intensity._blur_rows(images, kernel), intensity._blur_shifts(images, kernel)
+    torch.testing.assert_close(rows, shifts, atol=1e-5, rtol=1e-5)
 
 
 def test_noise_bank() -> None:

@@ -1,7 +1,9 @@
 """Views: plausible, reproducible, and the same however the batch is spread."""
 
+import itertools
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,14 +11,17 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medclr.augment.intensity import RandomBlur, RandomCutout, RandomQuantumNoise, RandomWindow
-from medclr.augment.views import chain_for, describe, plain_view, replay, two_views
+from medclr.augment.views import Draws, chain_for, describe, plain_view, replay, two_views
 from medclr.config import ViewsConfig
 from medclr.data.loader import Batch
 from medclr.scans.modality import MODALITIES
 
 NAMES = tuple(MODALITIES)
+CALLS = 1000
+"""Of torch, for the two views of a batch: the drawing takes 160, the crop half of the rest."""
 ALWAYS = ViewsConfig(size_px=32, noise=1, blur=1, cutout=1)
 
 
@@ -81,11 +86,11 @@ def test_views_follow_from_seed_step_and_row_alone() -> None:
 
 @pytest.mark.parametrize("names", [("CT",), ("MR",), ("XR",), ("US",), ("PT", "US", "XR", "MR", "CT")])
 @pytest.mark.parametrize("processes", [2, 4, 12])
-@pytest.mark.parametrize("size_px", [32, 33])
+@pytest.mark.parametrize(("size_px", "rotation_deg"), [(32, None), (33, None), (32, 0.0), (33, 0.0)])
 def test_any_split_of_the_global_batch_gives_the_same_bits(
-    names: tuple[str, ...], processes: int, size_px: int
+    names: tuple[str, ...], processes: int, size_px: int, rotation_deg: float | None
 ) -> None:
-    batch, config = a_batch(names), replace(ALWAYS, size_px=size_px)
+    batch, config = a_batch(names), replace(ALWAYS, size_px=size_px, rotation_deg=rotation_deg)
     whole = two_views(batch, config, seed=4, step=2)
     share = len(batch) // processes
     for rank in range(processes):
@@ -95,6 +100,21 @@ def test_any_split_of_the_global_batch_gives_the_same_bits(
         assert torch.equal(part.b, whole.b[rows])
         for i in range(share):
             assert describe(part, 1, i) == describe(whole, 1, rows.start + i)
+
+
+@pytest.mark.parametrize("rotation_deg", [None, 0.0])
+def test_the_number_of_threads_does_not_matter(rotation_deg: float | None) -> None:
+    batch = a_batch(("MR", "CT"), n=24, size_px=96)  # large enough to be shared among threads
+    config, threads = replace(ALWAYS, size_px=67, rotation_deg=rotation_deg), torch.get_num_threads()
+    views = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            views.append(two_views(batch, config, seed=0, step=0).a)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(views[0], views[1])
+    assert torch.equal(views[0], views[2])
 
 
 def test_a_wrong_share_is_refused() -> None:
@@ -230,6 +250,49 @@ def test_plain_view_resizes_as_pillow_does() -> None:
     for i in range(12):
         expected = (resized(batch.images[i, 0]) + 1e7) / 2e7
         assert np.abs(out[i, 0].numpy() - expected).max() < 1e-5
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+def calls(n: int, name: str, config: ViewsConfig, size_px: int = 48) -> int:
+    """Of two views of ``n`` images, at a step at which every transform that has a choice changes some of them."""
+    batch = a_batch((name,), n, size_px)
+
+    def has_all_kinds(step: int) -> bool:
+        draws = Draws(config, n, seed=0, step=step)
+        parts = [draws.drawn(batch, view, torch.arange(n))[0] for view in (0, 1)]
+        choices = [(t.prob, p["on"]) for part in parts for t, p in zip(part.chain, part.params, strict=True)]
+        return all(prob in (0, 1) or (on.any() and not on.all()) for prob, on in choices)
+
+    step = next(step for step in itertools.count() if has_all_kinds(step))
+    with Calls() as counted:
+        two_views(batch, config, seed=0, step=step)
+    return counted.count
+
+
+@pytest.mark.parametrize("name", ["CT", "MR", "XR", "US", "PT"])
+@pytest.mark.parametrize("rotation_deg", [None, 0.0])
+def test_the_number_of_calls_does_not_grow_with_the_batch(name: str, rotation_deg: float | None) -> None:
+    """What a view costs, in calls of torch and not in seconds: a loop over images or a chain grown slow shows here."""
+    config = ViewsConfig(size_px=32, rotation_deg=rotation_deg)
+    few, many = calls(8, name, config), calls(64, name, config)
+    assert few == many
+    assert many <= CALLS, "for two views, whatever the batch"
+
+
+def test_a_batch_beyond_the_cache_takes_calls_for_each_block_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ViewsConfig(size_px=32)
+    whole = calls(64, "MR", config)
+    monkeypatch.setattr("medclr.augment.transform.CACHED", 16 * 48 * 48)
+    assert calls(64, "MR", config) <= 4 * whole
 
 
 @pytest.mark.gpu

@@ -3,10 +3,12 @@
 Shape letters used in this package: B images of a batch, n parameter sets, H rows, W columns, s output size.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.transforms import RandomizableTransform
 from monai.utils import TransformBackends, convert_to_tensor
 from torch import Tensor
@@ -35,6 +37,43 @@ def uniform(R: np.random.RandomState, n: int | tuple[int, ...], low: float, high
     return torch.from_numpy(R.uniform(low, high, n).astype(np.float32))
 
 
+def mix(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows of ``table`` [r,c] on a processor: index and weight [m,s,k] -> [m*s,c].
+
+    embedding_bag does it in one sweep: several times faster than selections and a sum, or than a matrix product.
+    """
+    return F.embedding_bag(index.flatten(0, 1), table, mode="sum", per_sample_weights=weight.flatten(0, 1))
+
+
+def turn(images: Tensor) -> Tensor:
+    """[m,H,W] on a processor -> [m,W,H], copied by numpy, which takes half the time of torch."""
+    pixels = images.numpy()
+    if images.shape[2] > 64 and images.shape[2] % 64 == 0:
+        # The pixels of a column would all compete for the same few lines of the cache: twice as long as with this copy.
+        wide = np.empty((*images.shape[:2], images.shape[2] + 16), pixels.dtype)[:, :, :-16]
+        wide[...] = pixels
+        pixels = wide
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 2, 1)))
+
+
+def put(images: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Overwrite some images; on a processor by numpy, four times as fast as index_copy_."""
+    if images.device.type != "cpu":
+        return images.index_copy_(0, rows, values)
+    images.numpy()[rows.numpy()] = values.numpy()
+    return images
+
+
+CACHED = 1 << 20
+"""Pixels of slices that are made into views together on a processor, so that what one pass has written is still in the
+cache when the next one reads it. With fewer, what a call costs counts; with more, memory does."""
+
+
+def block_size(images: Tensor) -> int:
+    """How many images [B,C,H,W] to work on together: on a GPU all, on a processor as many as fit its cache."""
+    return len(images) if images.device.type != "cpu" else max(1, CACHED // images[0].numel())
+
+
 class BatchTransform(RandomizableTransform):
     """A random change of [B,1,H,W] images, every image with its own parameters and no loop over the batch.
 
@@ -50,6 +89,10 @@ class BatchTransform(RandomizableTransform):
     facts: ClassVar[tuple[str, ...]] = ()
     """What ``transform`` must know of each scan besides its pixels: names of per-image columns of the batch."""
 
+    neutral: ClassVar[Mapping[str, float]] = {}
+    """Parameters that leave an image as it is, to the bit. Where there are any, images that are not ``on`` go through
+    ``transform`` too: for one or two passes that is cheaper than to take the others out and put them back."""
+
     def __init__(self, prob: float = 1.0) -> None:
         super().__init__(prob)
         self.params: Params = {}
@@ -58,8 +101,8 @@ class BatchTransform(RandomizableTransform):
         """Parameters of ``n`` images that are changed, each tensor [n,...]."""
         raise NotImplementedError
 
-    def transform(self, images: Tensor, params: Params) -> Tensor:
-        """Change every image [B,1,H,W] by its parameters, on one device; the input stays as it is."""
+    def transform(self, images: Tensor, params: Params, *, inplace: bool = False) -> Tensor:
+        """Change every image [B,1,H,W] by its parameters, on one device; only with ``inplace`` may the input change."""
         raise NotImplementedError
 
     def measure(self, images: Tensor) -> Params:
@@ -75,17 +118,33 @@ class BatchTransform(RandomizableTransform):
         on = torch.from_numpy(R.random_sample(n) < self.prob)
         return {"on": on, **self.sample(n, R)}
 
-    def apply(self, images: Tensor, params: Params, *, inplace: bool = False) -> Tensor:
+    def prepare(self, params: Params, images: Tensor) -> Params:
+        """What ``change`` needs, worked out for any number of images at once: one row an image, ``on`` on the CPU.
+
+        Args:
+            params: of the images.
+            images: [B,1,H,W]; only where they lie and how large they are may matter.
+        """
+        if self.neutral:
+            on = params["on"]
+            params = params | {key: torch.where(on, params[key], value) for key, value in self.neutral.items()}
+        return {key: value if key == "on" else send(value, images.device) for key, value in params.items()}
+
+    def change(self, images: Tensor, prepared: Params, *, inplace: bool = False) -> Tensor:
         """Change the images [B,1,H,W] that are ``on``; only with ``inplace`` may the input be overwritten."""
-        on = params["on"].nonzero()[:, 0]
-        if len(on) == 0:
+        rows = prepared["on"].nonzero()[:, 0]
+        if len(rows) == 0:
             return images
-        if len(on) == len(images):
-            return self.transform(images, {key: send(value, images.device) for key, value in params.items()})
-        here = {key: send(value, images.device) for key, value in select(params, on).items()}
-        rows = send(on, images.device)
-        changed = self.transform(images.index_select(0, rows), here)
-        return (images if inplace else images.clone()).index_copy_(0, rows, changed)
+        if self.neutral or len(rows) == len(images):
+            return self.transform(images, prepared, inplace=inplace)
+        rows = send(rows, images.device)
+        here = {key: value.index_select(0, rows) for key, value in prepared.items() if key != "on"}
+        changed = self.transform(images.index_select(0, rows), here, inplace=True)
+        return put(images if inplace else images.clone(), rows, changed)
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """Change the images [B,1,H,W] that are ``on``; the input stays as it is."""
+        return run((self,), images, (params,))
 
     def randomize(self, data: Tensor) -> None:
         """Draw parameters for [B,1,H,W] images from this transform's own random state."""
@@ -106,3 +165,28 @@ class BatchTransform(RandomizableTransform):
             self.randomize(images)
         images = self.apply(images, self.params)
         return images[0] if single else images
+
+
+def run(chain: Sequence[BatchTransform], images: Tensor, params: Sequence[Params]) -> Tensor:
+    """One transform after the other, by recorded parameters: [B,1,H,W] -> [B,1,H',W']; the input stays as it is."""
+    size = block_size(images)
+    prepared = [transform.prepare(drawn, images) for transform, drawn in zip(chain, params, strict=True)]
+    if size >= len(images):
+        return _run_block(chain, images, prepared)
+    pieces = [{key: value.split(size) for key, value in everything.items()} for everything in prepared]
+    out: Tensor | None = None
+    for i, block in enumerate(images.split(size)):
+        made = _run_block(chain, block, [{key: value[i] for key, value in piece.items()} for piece in pieces])
+        if out is None:
+            out = made.new_empty(len(images), *made.shape[1:])
+        out[i * size : i * size + len(made)] = made
+    assert out is not None, "a batch has images"
+    return out
+
+
+def _run_block(chain: Sequence[BatchTransform], images: Tensor, prepared: Sequence[Params]) -> Tensor:
+    is_ours = False
+    for transform, values in zip(chain, prepared, strict=True):
+        before, images = images, transform.change(images, values, inplace=is_ours)
+        is_ours |= images is not before
+    return images

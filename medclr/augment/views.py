@@ -1,7 +1,6 @@
 """Modality -> chain of augmentations, and two views of every image of a batch."""
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from medclr.augment.intensity import (
     RandomWindow,
     scale_to_unit,
 )
-from medclr.augment.transform import BatchTransform, Params, block_size, select, send
+from medclr.augment.transform import BatchTransform, Params, put, run, select, send
 from medclr.config import ViewsConfig
 from medclr.scans.modality import MODALITIES, Modality
 
@@ -159,29 +158,17 @@ class Draws:
 
 def replay(images: Tensor, drawn: tuple[Drawn, ...]) -> Tensor:
     """One view of images [B,1,H,W] in physical units by recorded parameters: [B,1,s,s] in [0,1]."""
+    if len(drawn) == 1:
+        return run(drawn[0].chain, images, drawn[0].params)
     views: Tensor | None = None
     for part in drawn:
-        for rows, params in _blocks(part, block_size(images)):
-            block = images[rows] if len(drawn) == 1 else images.index_select(0, send(part.rows[rows], images.device))
-            for position, transform in enumerate(part.chain):
-                block = transform.apply(block, params[position], inplace=position > 0)  # the first makes new images
-            if len(block) == len(images):
-                return block
-            if views is None:
-                views = block.new_empty(len(images), *block.shape[1:])  # [B,1,s,s]
-            if len(drawn) == 1:
-                views[rows] = block
-            else:
-                views.index_copy_(0, send(part.rows[rows], images.device), block)
+        rows = send(part.rows, images.device)
+        made = run(part.chain, images.index_select(0, rows), part.params)  # [m,1,s,s]
+        if views is None:
+            views = made.new_empty(len(images), *made.shape[1:])
+        put(views, rows, made)
     assert views is not None, "a batch has images"
     return views
-
-
-def _blocks(part: Drawn, size: int) -> Iterator[tuple[slice, list[Params]]]:
-    """Slices of the rows of ``part``, and the parameters of each of its transforms for them."""
-    pieces = [{key: value.split(size) for key, value in params.items()} for params in part.params]
-    for i, first in enumerate(range(0, len(part.rows), size)):
-        yield slice(first, first + size), [{key: value[i] for key, value in piece.items()} for piece in pieces]
 
 
 def two_views(
