@@ -15,8 +15,10 @@ import pytest
 import torch
 from cohort import mixed_cohort
 
+import medclr.data.blobs as blobs
 import medclr.data.loader as loading
 import medclr.data.prepare as preparing
+from medclr.data.blobs import Folder
 from medclr.data.loader import Batch, Facts, Loader, load_batch, load_facts
 from medclr.data.prepare import prepare
 from medclr.data.store import Store
@@ -252,6 +254,26 @@ def test_errors_of_reading_through_reach_the_consumer(shards, monkeypatch):
     assert not readers()
 
 
+@pytest.mark.parametrize("copies", [1, 4])
+def test_a_step_reads_its_own_slices_and_nothing_else_however_large_the_store(store, monkeypatch, copies):
+    """The cost of a step does not grow with the store: bytes are counted, not seconds."""
+    read: list[int] = []
+
+    class Counted(Folder):
+        def read(self, name: str, offset: int, into: memoryview) -> int:
+            read.append(len(into))
+            return super().read(name, offset, into)
+
+    monkeypatch.setattr(blobs, "SHARDS", Counted)
+    opened = Store(store.path)
+    indices = np.tile(opened.indices(), copies)
+    opened.read(opened.indices())  # looks at each header once
+    read.clear()
+    batches = list(Loader(opened, indices, 5, 0).epochs(0, 2))
+    assert sum(read) == 5 * len(batches) * SLICE_BYTES
+    assert len(read) <= 5 * len(batches)
+
+
 # Threads, and what they leave behind
 
 
@@ -298,25 +320,27 @@ def test_ten_thousand_steps_leave_nothing_behind(shards, window_bytes):
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, None], ids=["ctrl-c", "exception"])
-def test_a_process_that_is_left_in_the_middle_ends(shards, number):
+def test_a_process_that_leaves_in_the_middle_leaves_no_thread(shards):
     code = f"""
 import os, sys, threading
 from pathlib import Path
 from medclr.data.loader import Loader
 from medclr.data.store import Store
 store = Store(Path({str(shards.path)!r}))
-try:
-    for step, batch in enumerate(Loader(store, store.indices(), 5, 0).epochs(0, 10**6)):
-        if step == 20:
-            {"raise ValueError" if number is None else f"os.kill(os.getpid(), {int(number)})"}
-except (ValueError, KeyboardInterrupt):
-    del batch
+for number in (None, {int(signal.SIGINT)}):
+    try:
+        for step, batch in enumerate(Loader(store, store.indices(), 5, 0).epochs(0, 10**6)):
+            if step == 20 and number is None:
+                raise ValueError
+            if step == 20:
+                os.kill(os.getpid(), number)
+    except (ValueError, KeyboardInterrupt) as error:
+        print(type(error).__name__)
     print([thread.name for thread in threading.enumerate()])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "['MainThread']\n"
+    assert done.stdout == "ValueError\n['MainThread']\nKeyboardInterrupt\n['MainThread']\n"
 
 
 def readers() -> list[threading.Thread]:

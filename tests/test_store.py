@@ -117,24 +117,28 @@ class TwoDisks:
         return self.folder(name).read(name, offset, into)
 
 
-def test_shards_may_lie_anywhere(copy, made, tmp_path):
+def test_shards_may_lie_anywhere(copy, made, tmp_path, monkeypatch):
     other = tmp_path / "disk"
     other.mkdir()
     for path in copy.glob("*-*[13579].npy"):
         path.rename(other / path.name)
     with pytest.raises(MedclrError, match=r"-0000\d\.npy: is missing from the store"):
         Store(copy)
-    store, whole, order = Store(copy, blobs=TwoDisks(copy, other)), Store(made / "store"), [40, 3, 54, 4, 5, 17]
+    whole, order = Store(made / "store"), [40, 3, 54, 4, 5, 17]
+    monkeypatch.setattr(blobs, "SHARDS", lambda folder: TwoDisks(folder, other))
+    store = Store(copy)
+    assert verify(copy).startswith(f"{copy} is whole")
     np.testing.assert_array_equal(store.read(order), whole.read(order))
     np.testing.assert_array_equal(store.masks(order), whole.masks(order))
     (copy / "slices-00000.npy").unlink()
     with pytest.raises(MedclrError, match=r"slices-00000\.npy: is missing from the store"):
-        Store(copy, blobs=TwoDisks(copy, other))
+        Store(copy)
 
 
-def test_neighbours_are_read_at_once(made):
+def test_neighbours_are_read_at_once(made, monkeypatch):
     disks = TwoDisks(made / "store", made / "store")
-    store = Store(made / "store", blobs=disks)
+    monkeypatch.setattr(blobs, "SHARDS", lambda folder: disks)
+    store = Store(made / "store")
     shard = store.column("shard")
     store.read(range(len(store)))
     n = len(np.unique(shard))
@@ -146,14 +150,15 @@ def test_neighbours_are_read_at_once(made):
     assert disks.reads == 2 * n + 5
 
 
-def test_what_cannot_be_read_is_one_sentence(made):
+def test_what_cannot_be_read_is_one_sentence(made, monkeypatch):
     class Broken(TwoDisks):
         def read(self, name: str, offset: int, into: memoryview) -> int:
             if offset and name.startswith("masks"):
                 raise OSError(5, "Input/output error")
             return super().read(name, offset, into) - (1 if offset else 0)
 
-    store = Store(made / "store", blobs=Broken(made / "store", made / "store"))
+    monkeypatch.setattr(blobs, "SHARDS", lambda folder: Broken(folder, folder))
+    store = Store(made / "store")
     with pytest.raises(MedclrError, match=r"slices-0000\d\.npy: cannot be read \(it ends at [\d,]+ bytes\); delete"):
         store.read([20])
     with pytest.raises(MedclrError, match=r"masks-0000\d\.npy: cannot be read \(Input/output error\); delete"):

@@ -1,6 +1,6 @@
 """Where the shards of a store lie, and how their bytes are read: in its folder, or wherever you say.
 
-A store on several disks or in an object store is a class with the two methods of ``Blobs``, given to ``Store``; the
+A store on several disks or in an object store is a class with the two methods of ``Blobs``, put into ``SHARDS``; the
 tables stay in the store's folder. ``docs/scaling.md`` shows one.
 
 Bytes are read, not mapped: the pages of a map count as memory of the process for as long as the system lets them, and
@@ -9,6 +9,7 @@ a store that is larger than the memory would seem to fill it. The system keeps w
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -65,6 +66,10 @@ class Folder:
                 break
             done += n
         return done
+
+
+SHARDS: Callable[[Path], Blobs] = Folder
+"""Opens the shards of the store in a folder. Set it to a class of your own before any verb opens a store."""
 
 
 class _File:

@@ -14,6 +14,7 @@ Shape letters: N slices of the store, n of a shard, B asked for, D of a scan; H 
 S = size_px.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medclr import files
+from medclr.data import blobs
 from medclr.data.blobs import Blobs, Folder, read_whole
 from medclr.data.encode import nearest
 from medclr.data.tables import REMAKE, StoredScan, read_scans, read_table, slice_table
@@ -89,14 +91,13 @@ class Store:
     Args:
         path: the store's folder.
         manifest: if given, the store must have been made from exactly this manifest.
-        blobs: where its shards lie, if that is not ``path``; the tables are there in any case.
 
     Raises:
         MedclrError: there is no store, it was made by another version or from another manifest, or a file of it is
             missing, truncated or not what it should be.
     """
 
-    def __init__(self, path: Path, manifest: Path | None = None, blobs: Blobs | None = None) -> None:
+    def __init__(self, path: Path, manifest: Path | None = None) -> None:
         self.path = Path(path)
         self.info = read_info(self.path)
         if manifest is not None and (digest := files.sha256(Path(manifest))) != self.info.manifest_sha256:
@@ -105,9 +106,9 @@ class Store:
                 f" {self.info.manifest_sha256[:12]}) than {manifest} ({digest[:12]}); prepare that into another folder"
             )
         here = Folder(self.path)
-        self._blobs = blobs or here
+        self._shards = blobs.SHARDS(self.path)
         for name, written in self.info.files.items():
-            _check_size(self.path / name, self._blobs if is_shard(name) else here, written.size)
+            _check_size(self.path / name, self._shards if is_shard(name) else here, written.size)
         self._columns = read_table(self.path / "slices.arrow", self.info.n_slices)
         self._begins: dict[str, int] = {}  # file of a shard -> where its slices begin, once it was looked at
 
@@ -174,7 +175,7 @@ class Store:
             if name in self.info.files:
                 offset = self.begin(name, int(shards[first])) + int(rows[first]) * 2 * size_px**2
                 into = found[first:end].data.cast("B")
-                read_whole(self._blobs, self.path / name, offset, into, REMAKE)
+                read_whole(self._shards, self.path / name, offset, into, REMAKE)
             else:
                 found[first:end] = 0
         return found
@@ -187,7 +188,7 @@ class Store:
         """
         if name not in self._begins:
             shape = (self.info.shard_slices[shard], self.info.size_px, self.info.size_px)
-            self._begins[name] = _check_header(self._blobs, self.path / name, self.info.files[name].size, shape)
+            self._begins[name] = _check_header(self._shards, self.path / name, self.info.files[name].size, shape)
         return self._begins[name]
 
     def read_through(self, shard: int) -> Iterator[None]:
@@ -195,13 +196,25 @@ class Store:
 
         Yields after each piece, so that one can stop.
         """
-        name = slices_name(shard)
-        if name in self.info.files:
-            piece = memoryview(bytearray(min(PIECE_BYTES, self.info.files[name].size)))
-            for offset in range(0, self.info.files[name].size, PIECE_BYTES):
-                left = self.info.files[name].size - offset
-                read_whole(self._blobs, self.path / name, offset, piece[:left], REMAKE)
+        if (name := slices_name(shard)) in self.info.files:
+            for _ in self._pieces(name):
                 yield
+
+    def sha256(self, name: str) -> str:
+        """Of the bytes that a file has now."""
+        digest = hashlib.sha256()
+        for piece in self._pieces(name):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a file, each piece in the place of the one before."""
+        place, size = self._shards if is_shard(name) else Folder(self.path), self.info.files[name].size
+        buffer = memoryview(bytearray(min(PIECE_BYTES, size)))
+        for offset in range(0, size, PIECE_BYTES):
+            piece = buffer[: size - offset]
+            read_whole(place, self.path / name, offset, piece, REMAKE)
+            yield piece
 
     @property
     def shard_bytes(self) -> NDArray[np.int64]:
@@ -229,7 +242,7 @@ def verify(store: Path) -> str:
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing lets other threads run
         progress("verifying", len(info.files), "files") as advance,
     ):
-        digests = pool.map(lambda name: files.sha256(opened.path / name), info.files)
+        digests = pool.map(opened.sha256, info.files)
         for (name, written), digest in zip(info.files.items(), digests, strict=True):
             if digest != written.sha256:
                 raise MedclrError(f"{opened.path / name}: its bytes changed since it was written; {REMAKE}")
@@ -337,10 +350,10 @@ def is_shard(name: str) -> bool:
     return name.endswith(".npy")
 
 
-def _check_header(blobs: Blobs, path: Path, size: int, shape: tuple[int, ...]) -> int:
+def _check_header(shards: Blobs, path: Path, size: int, shape: tuple[int, ...]) -> int:
     """Where the data begin in a .npy file of uint16 of that shape."""
     head = bytearray(min(size, 4096))
-    read_whole(blobs, path, 0, memoryview(head), REMAKE)
+    read_whole(shards, path, 0, memoryview(head), REMAKE)
     stream = io.BytesIO(head)
     try:
         np.lib.format.read_magic(stream)
@@ -352,9 +365,9 @@ def _check_header(blobs: Blobs, path: Path, size: int, shape: tuple[int, ...]) -
     return stream.tell()
 
 
-def _check_size(path: Path, blobs: Blobs, size: int) -> None:
+def _check_size(path: Path, place: Blobs, size: int) -> None:
     try:
-        found = blobs.size(path.name)
+        found = place.size(path.name)
     except FileNotFoundError:
         raise MedclrError(f"{path}: is missing from the store; {REMAKE}") from None
     if found != size:
