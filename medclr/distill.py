@@ -2,7 +2,9 @@
 
 The third step of SimCLRv2 (Chen et al., arXiv 2006.10029, section 2.3): the student minimises the cross-entropy against
 the teacher's probabilities at a temperature (eq. 3), with a labelled term if asked for (eq. 4). Both see the same view
-(Beyer et al. 2022, arXiv 2106.05237).
+(Beyer et al. 2022, arXiv 2106.05237). Where slices are segmented every pixel has an opinion of its own; those of which
+the teacher is unsure may be left out, and the student may be the teacher of a next round (noisy student, Xie et al.,
+arXiv 1911.04252).
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,6 +94,13 @@ class Asked:
     temperature: float = 1.0
     """Divides the logits of both: above 1 the teacher's doubts weigh more."""
 
+    confidence: float = 0.0
+    """Slices, or pixels where slices are segmented, whose likeliest class has less than this probability in the
+    teacher's opinion are not learnt from; 0: all are."""
+
+    rounds: int = 1
+    """How often a student is trained; from the second round on the student of the round before is the teacher."""
+
     labelled: float = 0.0
     """Weight of the loss on the teacher's own labelled cases, beside 1 less that for the teacher's opinion."""
 
@@ -104,6 +113,10 @@ class Asked:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise MedclrError(f"temperature: {self.temperature} is not above 0; 1 to 4 is usual")
+        if not 0 <= self.confidence < 1:
+            raise MedclrError(f"confidence: {self.confidence} is no probability from 0 to below 1")
+        if self.rounds < 1:
+            raise MedclrError(f"rounds: {self.rounds} is below 1")
         if not 0 <= self.labelled <= 1:
             raise MedclrError(f"labelled: {self.labelled} is not a weight from 0 to 1")
 
@@ -174,12 +187,13 @@ class Distillation(Task):
     def loss(self, model: Any, items: Sequence[int], views: ViewsConfig, *, seed: int, step: int) -> Tensor:
         """Cross-entropy against the teacher on the same views, and the task's own loss on labelled cases."""
         device = next(model.parameters()).device
-        batch = load_batch(self.store, items, model.encoder.config.slices).to(device)
+        batch = model.training_batch(load_batch(self.store, items, model.encoder.config.slices).to(device))
         x, _ = training_views(batch, views, seed=seed, step=step)  # [n,C,s,s]
         with torch.no_grad():
-            opinion = self.teacher.slice_logits(x).float() / self.wish.temperature  # [n,K,...]
+            opinion = self.teacher.slice_logits(x).float()  # [n,K,...]
+            trusted = confident(opinion, self.wish.confidence, multi_label=self.is_multi_label)
         logits = model.slice_logits(x).float() / self.wish.temperature
-        loss = soft_cross_entropy(logits, opinion, multi_label=self.is_multi_label)
+        loss = soft_cross_entropy(logits, opinion / self.wish.temperature, trusted, multi_label=self.is_multi_label)
         if self._task is None:
             return loss
         n = min(len(items), len(self._labelled))
@@ -188,17 +202,42 @@ class Distillation(Task):
         return (1 - self.wish.labelled) * loss + self.wish.labelled * own
 
 
-def soft_cross_entropy(logits: Tensor, opinion: Tensor, *, multi_label: bool = False) -> Tensor:
+def confident(opinion: Tensor, least: float, *, multi_label: bool = False) -> Tensor | None:
+    """Where the likeliest answer of the teacher has a probability of ``least`` at least; None: ``least`` is 0.
+
+    Args:
+        opinion: logits [n,K,...] at temperature 1.
+        least: a probability.
+        multi_label: every class is a question of its own, of yes and no.
+
+    Returns:
+        Bool [n,...], with ``multi_label`` [n,K,...]; or None.
+    """
+    if least == 0:
+        return None
+    if multi_label:
+        return opinion.abs().sigmoid() >= least
+    return opinion.softmax(1).amax(1) >= least
+
+
+def soft_cross_entropy(
+    logits: Tensor, opinion: Tensor, trusted: Tensor | None = None, *, multi_label: bool = False
+) -> Tensor:
     """-sum_y P_teacher(y) log P_student(y), mean over all else (arXiv 2006.10029, eq. 3); binary with several labels.
 
     Args:
         logits: of the student, [n,K,...].
         opinion: logits of the teacher, of the same shape.
+        trusted: what the mean is taken over, as of ``confident``; 0 where that is nothing; None: all.
         multi_label: every class is a question of its own.
     """
     if multi_label:
-        return F.binary_cross_entropy_with_logits(logits, opinion.sigmoid())
-    return -(opinion.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        each = F.binary_cross_entropy_with_logits(logits, opinion.sigmoid(), reduction="none")  # [n,K,...]
+    else:
+        each = -(opinion.softmax(1) * logits.log_softmax(1)).sum(1)  # [n,...]
+    if trusted is None:
+        return each.mean()
+    return torch.where(trusted, each, 0).sum() / trusted.sum().clamp(min=1)
 
 
 def distill(
@@ -267,32 +306,46 @@ def _distill(wish: Wish) -> DistillSummary:
         train = scans_of(task, task.store, cases.train)
         task.check(train, f"the teacher's {len(cases.train)} training cases")
         labelled = task, train
-    goal = Distillation(store, trained, wish, labelled)
-    origin = {"store": store.info.manifest_sha256, "teacher": files.sha256(trained.path / "model.json")}
-    if wish.init != "random":
-        origin["init"] = digest_of(model.encoder)
-    if task is not None and wish.labelled:
-        origin["score"] = task.store.info.manifest_sha256
-    put_on(model, device)
-    with alone(wish.out):
-        open_folder(wish.out, wish.resolved, RUN_FILES, HARMLESS, overwrite=wish.overwrite)
-        write_text(wish.out / "match.txt", match)
-        write_text(wish.out / "cases.csv", (trained.path.parent / "cases.csv").read_text(encoding="utf-8"))
+    facts = {
+        "settings": wish.resolved,
+        "manifest_sha256": store.info.manifest_sha256,
+        "modalities": sorted({store.scans[int(i)].modality for i in scans}),
+        "planes": sorted({store.scans[int(i)].plane for i in scans} - {""}),
+        "patients": sorted(patients | trained.patients | model.encoder.seen_patients),
+        "transductive": bool(stamp),
+        "stamp": stamp,
+    }
+
+    def teach(out: Path, taught: Trained, model: TaskModel) -> State:
+        """A round: ``model`` learns from the opinion of ``taught``, and is left in ``out``."""
+        origin = {"store": store.info.manifest_sha256, "teacher": files.sha256(trained.path / "model.json")}
+        if taught is not trained:  # its weights alone: the harmless settings stand in model.json too
+            origin["round"] = taught.facts["sha256"]
+        if wish.init != "random":
+            origin["init"] = digest_of(model.encoder)
+        if task is not None and wish.labelled:
+            origin["score"] = task.store.info.manifest_sha256
+        put_on(model, device)
         is_new = wish.init == "random" and wish.student != "same"
         state = State(model, build_tuner(model, settings, is_new=is_new), origin)
-        state.resume(wish.out)
-        fit(wish.out, settings, goal, scans, scans[:0], state, is_new=is_new)
+        state.resume(out)
+        fit(out, settings, Distillation(store, taught, wish, labelled), scans, scans[:0], state, is_new=is_new)
+        export_model(out / "model", trained.task, model.config, model, facts)
+        return state
+
+    with alone(wish.out):
+        open_folder(wish.out, wish.resolved, RUN_FILES | {"rounds"}, HARMLESS, overwrite=wish.overwrite)
+        write_text(wish.out / "match.txt", match)
+        write_text(wish.out / "cases.csv", (trained.path.parent / "cases.csv").read_text(encoding="utf-8"))
+        taught = trained
+        for number in range(1, wish.rounds):
+            folder = wish.out / "rounds" / str(number)
+            teach(folder, taught, model)
+            taught = load_model(folder)
+            put_on(taught.model.requires_grad_(False), device)
+            model, _ = _student(wish, taught, store)
+        state = teach(wish.out, taught, model)
         student, theirs, difference = _judge(wish, task, cases, model, teacher, stamp)
-        facts = {
-            "settings": wish.resolved,
-            "manifest_sha256": store.info.manifest_sha256,
-            "modalities": sorted({store.scans[int(i)].modality for i in scans}),
-            "planes": sorted({store.scans[int(i)].plane for i in scans} - {""}),
-            "patients": sorted(patients | trained.patients | model.encoder.seen_patients),
-            "transductive": bool(stamp),
-            "stamp": stamp,
-        }
-        export_model(wish.out / "model", trained.task, trained.config, model, facts)
         figures.curves(wish.out / "figures" / "curves.png", read_metrics(wish.out), CURVES, stamp)
     sizes = _size(model), _size(teacher)
     return DistillSummary(
@@ -371,12 +424,14 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model: TaskModel = tasks.get(trained.task).Model(trained.config, encoder, teacher.classes)
+    from_run = wish.init not in ("random", "imagenet") and Path(wish.init).is_dir()
+    extra = model.start_from(Path(wish.init)) if from_run else []
     if is_same:
         model.load_state_dict(teacher.state_dict())
         names = list(model.state_dict())
         lines = [f"weights from {wish.teacher}", f"loaded {len(names)}", *(f"loaded\t{name}" for name in names)]
         return model, "\n".join(lines) + "\n"
-    return model, match_text(report, model, ())
+    return model, match_text(report, model, extra)
 
 
 def _cases_of(trained: Trained) -> Cases:

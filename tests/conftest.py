@@ -51,3 +51,26 @@ def image_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index([root], manifest, labels=root / "labels.csv", modality="XR", split="train=0.7,test=0.3", key_file=key)
     prepare(manifest, root / "store", size_px=32, key_file=key)
     return root / "store"
+
+
+@pytest.fixture(scope="session")
+def volume_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of MR volumes of eight patients with masks: a bright block; five train, three test."""
+    import numpy as np
+    from cohort import save_manifest, save_nifti
+
+    from medclr.data.prepare import prepare
+
+    folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
+    rows = []
+    for number in range(8):
+        mask = np.zeros((16, 16, 4), dtype=np.uint8)
+        mask[4:9, 3 + number % 3 : 12] = 1
+        voxels = (100 + 80 * mask + rng.normal(0, 5, mask.shape)).astype(np.float32)
+        files = {
+            "path": save_nifti(folder / f"v{number}.nii", voxels),
+            "mask": save_nifti(folder / "masks" / f"v{number}.nii", mask),
+        }
+        rows.append({**files, "modality": "MR", "split": "train" if number < 5 else "test"})
+    prepare(save_manifest(folder / "scans.csv", rows), folder / "store", size_px=16)
+    return folder / "store"

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from cohort import save_manifest, save_nifti
 from safetensors.torch import load_file
 
 import medclr
 from medclr import checkpoint, methods
 from medclr.cli import main
-from medclr.data.prepare import prepare
 from medclr.errors import MedclrError
 from medclr.models.unet import FIRST, UNetDecoder, load_decoder
 from medclr.track import read_metrics
@@ -34,25 +31,9 @@ def tiny_network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight MR volumes of eight patients with masks."""
-    folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
-    rows: list[dict[str, Any]] = []
-    for number in range(8):
-        mask = np.zeros((16, 16, 4), dtype=np.uint8)
-        mask[4:9, 3 + number % 3 : 12] = 1
-        voxels = (100 + 80 * mask + rng.normal(0, 5, mask.shape)).astype(np.float32)
-        row = {"path": save_nifti(folder / f"v{number}.nii", voxels), "modality": "MR"}
-        row["mask"] = save_nifti(folder / "masks" / f"v{number}.nii", mask)
-        rows.append(row | {"split": "train" if number < 5 else "test"})
-    prepare(save_manifest(folder / "scans.csv", rows), folder / "store", size_px=16)
-    return folder / "store"
-
-
-@pytest.fixture(scope="module")
-def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(volume_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "dense"
-    medclr.pretrain(store, out, settings={**PRETRAIN, **DENSE, "data.split": "train"})
+    medclr.pretrain(volume_store, out, settings={**PRETRAIN, **DENSE, "data.split": "train"})
     return out
 
 
@@ -84,8 +65,8 @@ def test_a_run_keeps_the_decoder_without_its_outputs(run: Path) -> None:
     assert not any(name.startswith("head") for name in tensors)
 
 
-def test_segmentation_loads_both_and_the_match_report_says_so(run: Path, store: Path, tmp_path: Path) -> None:
-    out = tune(store, tmp_path / "run", run)
+def test_segmentation_loads_both_and_the_match_report_says_so(run: Path, volume_store: Path, tmp_path: Path) -> None:
+    out = tune(volume_store, tmp_path / "run", run)
     lines = (out / "match.txt").read_text().splitlines()
     loaded = {line.split("\t")[1] for line in lines if line.startswith("loaded\t")}
     assert loaded == {f"decoder.{name}" for name in decoder_of(run)} | {
@@ -98,31 +79,36 @@ def test_segmentation_loads_both_and_the_match_report_says_so(run: Path, store: 
     assert_decoder(out, decoder_of(run))
     model = load_model(out).model
     assert model.config.width == 4  # type: ignore[attr-defined]
-    again = tune(store, tmp_path / "again", run)
+    again = tune(volume_store, tmp_path / "again", run)
     assert (again / "predictions.csv").read_bytes() == (out / "predictions.csv").read_bytes()
 
 
-def test_the_width_is_that_of_the_run_or_one_sentence(run: Path, store: Path, tmp_path: Path) -> None:
-    tune(store, tmp_path / "same", run, **{"segment.width": 4})
+def test_the_width_is_that_of_the_run_or_one_sentence(run: Path, volume_store: Path, tmp_path: Path) -> None:
+    tune(volume_store, tmp_path / "same", run, **{"segment.width": 4})
     with pytest.raises(MedclrError, match=r"segment.width: 8, but the decoder of .*dense has 4; leave it out, or set"):
-        tune(store, tmp_path / "other", run, **{"segment.width": 8})
+        tune(volume_store, tmp_path / "other", run, **{"segment.width": 8})
     assert not (tmp_path / "other").exists()
-    out = tune(store, tmp_path / "new", run, **{"segment.width": 8, "segment.decoder": "new"})
+    out = tune(volume_store, tmp_path / "new", run, **{"segment.width": 8, "segment.decoder": "new"})
     assert "loaded\tdecoder" not in (out / "match.txt").read_text()
     assert load_model(out).model.config.width == 8  # type: ignore[attr-defined]
 
 
-def test_without_a_decoder_to_start_from_it_is_new(store: Path, tmp_path: Path) -> None:
-    medclr.pretrain(store, tmp_path / "simclr", settings=PRETRAIN)
+def test_without_a_decoder_to_start_from_it_is_new(volume_store: Path, tmp_path: Path) -> None:
+    medclr.pretrain(volume_store, tmp_path / "simclr", settings=PRETRAIN)
     medclr.finetune(
-        store, tmp_path / "run", task="segment", encoder=str(tmp_path / "simclr"), settings=TUNE, transductive=True
+        volume_store,
+        tmp_path / "run",
+        task="segment",
+        encoder=str(tmp_path / "simclr"),
+        settings=TUNE,
+        transductive=True,
     )
     assert "loaded\tdecoder" not in (tmp_path / "run" / "match.txt").read_text()
     assert load_model(tmp_path / "run").model.config.width == 16  # type: ignore[attr-defined]
 
 
-def test_neighbouring_slices_change_nothing_at_first(run: Path, store: Path, tmp_path: Path) -> None:
-    out = tune(store, tmp_path / "run", run, **{"network.slices": 3})
+def test_neighbouring_slices_change_nothing_at_first(run: Path, volume_store: Path, tmp_path: Path) -> None:
+    out = tune(volume_store, tmp_path / "run", run, **{"network.slices": 3})
     tensors = decoder_of(run)
     narrow = tensors.pop(FIRST)
     assert_decoder(out, tensors)
@@ -131,10 +117,10 @@ def test_neighbouring_slices_change_nothing_at_first(run: Path, store: Path, tmp
     assert wide[:, [0, 2]].abs().max() < 1e-6
 
 
-def test_levels_that_were_not_trained_are_new(store: Path, tmp_path: Path) -> None:
+def test_levels_that_were_not_trained_are_new(volume_store: Path, tmp_path: Path) -> None:
     settings = {**PRETRAIN, **DENSE, "data.split": "train", "dense.level": 1}
-    medclr.pretrain(store, tmp_path / "coarse", settings=settings)
-    out = tune(store, tmp_path / "run", tmp_path / "coarse")
+    medclr.pretrain(volume_store, tmp_path / "coarse", settings=settings)
+    out = tune(volume_store, tmp_path / "run", tmp_path / "coarse")
     text = (out / "match.txt").read_text()
     assert "new\tdecoder.levels.0.conv_0.conv.weight" in text
     assert "loaded\tdecoder.levels.1.conv_0.conv.weight" in text
@@ -152,11 +138,13 @@ def test_what_does_not_fit_or_is_damaged_is_one_sentence(run: Path, tmp_path: Pa
         load_decoder(UNetDecoder((4, 4, 5, 5, 6), 1, 2, 4), tmp_path / "run")
 
 
-def test_the_decoder_is_trained_after_the_encoder(store: Path, tmp_path: Path) -> None:
+def test_the_decoder_is_trained_after_the_encoder(volume_store: Path, tmp_path: Path) -> None:
     """One after the other: the whole slices first, then the decoder on the encoder as it is."""
-    medclr.pretrain(store, tmp_path / "first", settings={**PRETRAIN, "method": "positional", "positional.reach": 0.4})
+    medclr.pretrain(
+        volume_store, tmp_path / "first", settings={**PRETRAIN, "method": "positional", "positional.reach": 0.4}
+    )
     settings = {**PRETRAIN, **DENSE, "dense.frozen": True, "init": str(tmp_path / "first")}
-    medclr.pretrain(store, tmp_path / "second", settings=settings)
+    medclr.pretrain(volume_store, tmp_path / "second", settings=settings)
     first, second = (load_file(tmp_path / name / "encoder" / "encoder.safetensors") for name in ("first", "second"))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -164,11 +152,11 @@ def test_the_decoder_is_trained_after_the_encoder(store: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", [name for name in methods.names() if name != "simclr"])
 def test_a_stopped_run_goes_on_to_the_same_weights(
-    name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, volume_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = PRETRAIN | {"method": name} | (DENSE | {"dense.global_weight": 0.5} if name == "dense" else {})
-    medclr.pretrain(store, tmp_path / "whole", settings=settings)
-    words = ["pretrain", "--store", str(store), "--out", str(tmp_path / "run")]
+    medclr.pretrain(volume_store, tmp_path / "whole", settings=settings)
+    words = ["pretrain", "--store", str(volume_store), "--out", str(tmp_path / "run")]
     words += [f"--{key}={value}" for key, value in settings.items()]
     method, calls = methods.get(name).Method, []
     objective = method.objective

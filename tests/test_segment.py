@@ -188,6 +188,8 @@ def test_the_loss_is_cross_entropy_and_the_dice_of_the_batch(store: Store, monke
     monkeypatch.setattr(segment, "training_views", lambda *_, **__: (torch.zeros(4, 1, 6, 6), truth))
 
     class Fixed(Oracle):
+        training_batch = Model.training_batch
+
         def forward(self, x: Tensor) -> Tensor:
             return logits + self.weight
 

@@ -48,6 +48,10 @@ class TaskModel(nn.Module):
         """Take over what a run of pretraining kept besides its encoder; names of the tensors that were filled."""
         return []
 
+    def training_batch(self, batch: Batch) -> Batch:
+        """Slices as the views of training are drawn of them."""
+        return batch
+
     def slice_logits(self, x: Tensor) -> Tensor:
         """Images [n,C,s,s] in [0,1], each for itself -> logits [n,K,...]: what a student learns from a teacher."""
         raise NotImplementedError

@@ -127,6 +127,13 @@ class Model(TaskModel):
         logits: Tensor = self.decoder(x, self.encoder.pyramid(x))
         return logits
 
+    def training_batch(self, batch: Batch) -> Batch:
+        """Crops are taken of the whole square, padding and all: that is what the model is asked about later, and with
+        crops of the content alone everything would look larger in training than it is.
+        """
+        whole = batch.content.new_tensor([0, 0, *batch.images.shape[2:]])  # [4]
+        return replace(batch, content=whole.expand(len(batch), 4))
+
     def slice_logits(self, x: Tensor) -> Tensor:
         """As ``forward``: every slice is segmented for itself."""
         return self(x)  # type: ignore[no-any-return]
@@ -209,11 +216,7 @@ class Task(BaseTask):
     def loss(self, model: Model, items: Sequence[int], views: ViewsConfig, *, seed: int, step: int) -> Tensor:
         """Cross-entropy, and one less the Dice of the batch, mean over the classes without the background."""
         device = next(model.parameters()).device
-        batch = load_batch(self.store, items, model.encoder.config.slices).to(device)
-        # Crops are taken of the whole square, padding and all: that is what the model is asked about later, and with
-        # crops of the content alone everything would look larger in training than it is.
-        size = self.store.info.size_px
-        batch = replace(batch, content=batch.content.new_tensor([0, 0, size, size]).expand(len(batch), 4))
+        batch = model.training_batch(load_batch(self.store, items, model.encoder.config.slices).to(device))
         masks = torch.from_numpy(self.targets(items).astype(np.int64)).to(device)  # [n,S,S]
         x, truth = training_views(batch, views, seed=seed, step=step, masks=masks, classes=len(self.classes) + 1)
         if truth is None:
