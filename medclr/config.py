@@ -74,6 +74,11 @@ class ViewsConfig:
     cutout: float = 0.2
     """Probability that a rectangle is cut out."""
 
+    chain: list[dict[str, Any]] | None = None
+    """Transforms of your own, after the crop and the scaling to [0,1], such as [{name: RandomGamma, log_gamma: 0.4},
+    {name: RandGaussianNoise, prob: 0.5, std: 0.1}]: of medclr (medclr/augment), or random ones of MONAI, by name and
+    arguments. strength, noise, blur and cutout then say nothing. null: by modality."""
+
     def __post_init__(self) -> None:
         low, high = self.crop_area
         sizes = f"8 px to views.size_px, which is the last one, such as [[0, 32], [0.5, {self.size_px}]]"
@@ -91,6 +96,10 @@ class ViewsConfig:
                     f"views.{name}": (0 <= getattr(self, name) <= 1, "a probability, 0 to 1")
                     for name in ("noise", "blur", "cutout")
                 },
+                "views.chain": (
+                    self.chain is None or all(isinstance(entry.get("name"), str) for entry in self.chain),
+                    "a list of {name: NAME, argument: value}, or null",
+                ),
             }
         )
 

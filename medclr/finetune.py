@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from medclr import checkpoint, figures, tasks
+from medclr.augment import chain
 from medclr.config import (
     FinetuneConfig,
     chosen_first,
@@ -262,6 +263,7 @@ def train(wish: Wish) -> FinetuneSummary:
     """Do what was asked for."""
     settings, store = wish.settings, Store(wish.store)
     device = device_of(settings.device)
+    chain.check(settings.views, store.info.modalities)
     keep_freed_memory()
     module = tasks.get(wish.task)
     task: Task = module.Task(wish.own, store, wish.modality)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from medclr import checkpoint, figures, methods, monitor
+from medclr.augment import chain
 from medclr.augment.views import Draws
 from medclr.clock import PARTS, Clock, shares
 from medclr.data.leave_out import left_out
@@ -209,6 +210,8 @@ def train(request: Request, started: float, enough: Enough | None = None) -> Run
                 pinned=device.type == "cuda",
             )
             check(request.track)
+            kinds = np.unique(store.column("modality")[indices])
+            chain.check(settings.views, [store.info.modalities[kind] for kind in kinds])
             keep_freed_memory()
             method = _build(request, group, device)
         with contextlib.ExitStack() as held:

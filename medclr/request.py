@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medclr import methods
+from medclr.augment.chain import resolved
 from medclr.config import (
     DataConfig,
     PretrainConfig,
@@ -90,7 +91,7 @@ def read_settings(arguments: Sequence[str], *, planned: bool = False) -> Request
     parser = option_parser(verb, what, add, config=True)
     options = parse(parser, arguments)
     settings = PretrainConfig(**{field.name: getattr(options, field.name) for field in fields(PretrainConfig)})
-    settings = replace(settings, data=pinned(settings.data))
+    settings = replace(settings, data=pinned(settings.data), views=resolved(settings.views))
     own = getattr(options, name)
     save = options.save if planned else None
     return Request(options.store, options.out, options.track, options.overwrite, settings, own, save)

@@ -158,7 +158,7 @@ class RandomResizedCrop(BatchTransform):
         return {"air": images.amin((1, 2, 3)).cpu(), "content": content}
 
     def prepare(self, params: Params, images: Tensor) -> Params:
-        """``matrix`` [B,2,3] and ``air`` [B] as of ``resample``; ``kind`` [B], the pyramid's level * 2 + is it straight.
+        """``matrix`` [B,2,3] and ``air`` [B] as of ``resample``; ``kind`` [B], the level of the pyramid * 2 + straight.
 
         Where there are images without rotation, on a processor, also the ``lines`` of ``resample_straight``.
         """

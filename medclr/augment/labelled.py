@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medclr.augment.chain import moving
 from medclr.augment.views import Drawn, Draws, replay
 from medclr.config import ViewsConfig
+from medclr.errors import MedclrError
 
 if TYPE_CHECKING:
     from medclr.data.loader import Batch
@@ -43,7 +45,12 @@ def mask_views(masks: Tensor, drawn: tuple[Drawn, ...], classes: int) -> Tensor:
 
     Each class is resampled as an image of its own and the largest wins, so that borders fall where linear
     interpolation puts them, between pixels too. What lies outside of the image is class 0.
+
+    Raises:
+        MedclrError: a chain of the user's own moves pixels after the crop.
     """
+    if moved := [name for part in drawn for name in moving(part.chain)]:
+        raise MedclrError(f"views.chain: {moved[0]} moves pixels, and masks do not follow it; leave it out")
     best: Tensor | None = None
     for k in range(1, classes):
         share = _geometry((masks == k).float()[:, None], drawn)[:, 0]  # [B,s,s], of class k

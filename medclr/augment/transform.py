@@ -4,6 +4,7 @@ Shape letters used in this package: B images of a batch, n parameter sets, H row
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
@@ -93,9 +94,17 @@ class BatchTransform(RandomizableTransform):
     """Parameters that leave an image as it is, to the bit. Where there are any, images that are not ``on`` go through
     ``transform`` too: for one or two passes that is cheaper than to take the others out and put them back."""
 
+    takes_all: ClassVar[bool] = False
+    """Whether it wants all images at once, and not block by block."""
+
     def __init__(self, prob: float = 1.0) -> None:
         super().__init__(prob)
         self.params: Params = {}
+
+    @property
+    def key(self) -> str:
+        """Its name, from which its draws follow."""
+        return type(self).__name__
 
     def sample(self, n: int, R: np.random.RandomState) -> Params:
         """Parameters of ``n`` images that are changed, each tensor [n,...]."""
@@ -169,7 +178,14 @@ class BatchTransform(RandomizableTransform):
 
 def run(chain: Sequence[BatchTransform], images: Tensor, params: Sequence[Params]) -> Tensor:
     """One transform after the other, by recorded parameters: [B,1,H,W] -> [B,1,H',W']; the input stays as it is."""
-    size = block_size(images)
+    for takes_all, steps in groupby(zip(chain, params, strict=True), key=lambda step: step[0].takes_all):
+        part, drawn = zip(*steps, strict=True)
+        images = _run(part, images, drawn, len(images) if takes_all else block_size(images))
+    return images
+
+
+def _run(chain: Sequence[BatchTransform], images: Tensor, params: Sequence[Params], size: int) -> Tensor:
+    """So many images at a time."""
     prepared = [transform.prepare(drawn, images) for transform, drawn in zip(chain, params, strict=True)]
     if size >= len(images):
         return _run_block(chain, images, prepared)

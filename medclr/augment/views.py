@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medclr.augment.geometry import RandomResizedCrop
+from medclr.augment.chain import Chain, crop_for, custom_chain, scale_for
 from medclr.augment.intensity import (
-    PercentileScale,
     RandomBiasField,
     RandomBlur,
     RandomContrast,
@@ -22,7 +21,6 @@ from medclr.augment.intensity import (
     RandomQuantumNoise,
     RandomRicianNoise,
     RandomSpeckle,
-    RandomWindow,
     scale_to_unit,
 )
 from medclr.augment.transform import BatchTransform, Params, put, run, select, send
@@ -32,23 +30,16 @@ from medclr.scans.modality import MODALITIES, Modality
 if TYPE_CHECKING:
     from medclr.data.loader import Batch
 
-Chain = tuple[BatchTransform, ...]
-
 
 def chain_for(modality: Modality, config: ViewsConfig) -> Chain:
     """One modality's augmentations: geometry on physical values, scaling to [0,1], intensity, blur, noise, cut-out.
 
-    A new modality without a case of its own gets gamma, contrast and Gaussian noise.
+    A new modality without a case of its own gets gamma, contrast and Gaussian noise. ``config.chain`` replaces it all.
     """
+    if config.chain is not None:
+        return custom_chain(modality, config)
     k = config.strength
-    crop = RandomResizedCrop(
-        config.size_px,
-        area=config.crop_area,
-        rotation_deg=modality.rotation_deg if config.rotation_deg is None else config.rotation_deg,
-        flip_lr=config.flip and modality.flip_lr,
-        flip_ud=config.flip and modality.flip_ud,
-    )
-    scale = RandomWindow(modality.windows, 0.2 * k) if modality.windows else PercentileScale(0.05 * k)
+    crop, scale = crop_for(modality, config), scale_for(modality, config)
     gamma, contrast = RandomGamma(0.5 * k), RandomContrast(0.4 * k, 0.1 * k)
     # SimCLR's sigma of up to 2 px belongs to 224 px; it shrinks with the view, but not below a pixel.
     blur = RandomBlur((0.1, max(1.0, config.size_px / 112)), config.blur)
@@ -113,9 +104,12 @@ class Draws:
         """A modality's chain, and the parameters of each of its transforms for all ``n`` rows."""
         if (view, modality.name) not in self._drawn:
             chain, params = chain_for(modality, self._config), []
-            for transform in chain:
+            keys = [transform.key for transform in chain]
+            for position, transform in enumerate(chain):
                 # Keyed by name, so that a transform added to a chain leaves the draws of the others as they were.
-                name = zlib.crc32(f"{modality.name}.{type(transform).__name__}".encode())
+                again = keys[:position].count(transform.key)
+                key = transform.key + (f"#{again + 1}" if again else "")
+                name = zlib.crc32(f"{modality.name}.{key}".encode())
                 state = np.random.RandomState(np.random.PCG64(np.random.SeedSequence([*self._key, view, name])))
                 params.append(transform.draw(self._n, state))
             self._drawn[view, modality.name] = chain, params
