@@ -16,6 +16,7 @@ from medclr import augment
 from medclr.augment import TRANSFORMS, geometry, intensity
 from medclr.augment.geometry import RandomResizedCrop, crop_box, pyramid_level, resample
 from medclr.augment.intensity import PercentileScale, RandomQuantumNoise, RandomWindow
+from medclr.augment.single import MonaiTransforms
 from medclr.augment.transform import BatchTransform, Params, select
 from medclr.scans.modality import MODALITIES, Window
 
@@ -23,6 +24,8 @@ WINDOWS = MODALITIES["CT"].windows
 SCALING = (RandomWindow, PercentileScale)
 OPTIONAL = [kind for kind in TRANSFORMS if "prob" in inspect.signature(kind).parameters]
 """The others are always applied: the steps after them rely on it."""
+EVERY = (*TRANSFORMS, MonaiTransforms)
+"""And those of MONAI, which a chain of the user's own may hold."""
 PHYSICAL = (RandomResizedCrop, RandomQuantumNoise)
 """These take physical values and give physical values."""
 
@@ -33,6 +36,8 @@ def make(kind: type[BatchTransform], prob: float = 0.7) -> BatchTransform:
         return RandomResizedCrop(24, rotation_deg=15, flip_lr=True, flip_ud=True)
     if kind is RandomWindow:
         return RandomWindow(WINDOWS)
+    if kind is MonaiTransforms:
+        return MonaiTransforms([{"name": "RandGaussianNoise", "prob": 1.0}], is_scaled=True)
     return kind(prob=prob) if kind in OPTIONAL else kind()
 
 
@@ -61,7 +66,7 @@ def test_the_list_of_transforms_is_complete() -> None:
     assert augment.__all__ == [kind.__name__ for kind in TRANSFORMS]
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize("kind", EVERY)
 class TestContract:
     def test_shape_dtype_range_and_input(self, kind: type[BatchTransform]) -> None:
         transform, images = make(kind), images_for(kind)
@@ -310,7 +315,7 @@ def test_a_large_crop_is_antialiased() -> None:
                                torch.tensor([0, 1, 2]))  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, kind: type[BatchTransform]) -> None:
     """A batch is worked on in blocks that fit the cache; where the cut falls must not matter."""
     transform, images = make(kind), images_for(kind, n=9)
@@ -546,7 +551,7 @@ def test_inversion_safe_gamma_treats_a_negative_alike() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_gpu_agrees(kind: type[BatchTransform]) -> None:
     transform, images = make(kind), images_for(kind)
     params = drawn(transform, images)

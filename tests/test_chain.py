@@ -12,6 +12,7 @@ import torch
 from monai.data.meta_obj import get_track_meta
 from monai.transforms import RandFlip, RandGaussianNoise
 from test_augment_views import a_batch
+from test_pretrain import assert_same_run, stopped
 
 import medclr
 from medclr.augment import single
@@ -20,8 +21,10 @@ from medclr.augment.intensity import RandomGamma, RandomWindow
 from medclr.augment.labelled import training_views
 from medclr.augment.single import MonaiTransforms
 from medclr.augment.views import describe, replay, two_views
+from medclr.cli import main
 from medclr.config import ViewsConfig, read_yaml
 from medclr.errors import MedclrError
+from medclr.methods.simclr import Method
 from medclr.scans.modality import MODALITIES
 
 MIXED: list[dict[str, Any]] = [
@@ -192,6 +195,8 @@ def test_defaults_are_written_out() -> None:
         ([{"name": "RandomQuantumNoise"}], "RandomQuantumNoise is noise of physical values"),
         ([{"name": "RandomWindow"}], "RandomWindow: MR has no windows of its own; give its windows"),
         ([{"name": "RandomGamma", "log_gamma": "much"}], "RandomGamma does not work with these arguments"),
+        ([{"name": "RandomGamma", "prob": "often"}], "an argument is of the wrong kind"),
+        ([{"name": "RandomWindow", "windows": [40, 400]}], "an argument is of the wrong kind"),
         ([{"name": "RandomBlur", "sigma_px": 1}], "RandomBlur does not work with these arguments"),
         ([{"name": "RandGaussianNoise", "std": "much"}], "RandGaussianNoise does not work with these arguments"),
         ([{"name": "RandAdjustContrast", "gamma": -1}], "RandAdjustContrast does not work with these arguments"),
@@ -231,31 +236,26 @@ def test_masks_do_not_follow_what_moves_pixels() -> None:
     training_views(batch, turned, seed=0, step=0)
 
 
-def settings_file(path: Path) -> Path:
-    path.write_text(
-        "batch: 4\nepochs: 2\nmonitor: {sample: 4}\nviews:\n  size_px: 16\n  chain:\n"
-        "  - {name: RandomGamma, log_gamma: 0.4}\n  - {name: RandGaussianNoise, prob: 0.5, std: 0.1}\n"
-    )
-    return path
-
-
-def test_a_run_keeps_its_chain_and_any_number_of_processes_ends_with_the_same_weights(
+def test_a_run_keeps_its_chain_and_ends_with_the_same_weights_stopped_or_not_on_any_number_of_processes(
     tmp_path: Path, image_store: Path, processes: pytest.MonkeyPatch
 ) -> None:
-    config = settings_file(tmp_path / "settings.yaml")
-    weights = []
-    for count in (0, 2):
-        processes.setattr(single, "workers", lambda count=count: count)
-        out = tmp_path / f"run{count}"
-        medclr.pretrain(image_store, out, config=config)
-        weights.append(torch.cat([p.flatten() for p in medclr.load_encoder(out).parameters()]))
-        chain = read_yaml(out / "config.yaml")["views"]["chain"]
-        assert chain[1] == {"name": "RandGaussianNoise", "prob": 0.5, "std": 0.1, "mean": 0.0, "sample_std": True}
-        assert (out / "figures" / "views.png").exists()
-    assert torch.equal(*weights)
-    medclr.pretrain(image_store, out, config=config)  # the same settings: it is complete
+    config, whole, halves = tmp_path / "settings.yaml", tmp_path / "whole", tmp_path / "halves"
+    config.write_text(
+        "batch: 8\nepochs: 1\ndevice: cpu\nmonitor: {sample: 8}\nviews:\n  size_px: 16\n  chain:\n"
+        "  - {name: RandomGamma, log_gamma: 0.4}\n  - {name: RandGaussianNoise, prob: 0.5, std: 0.1}\n"
+    )
+    processes.setattr(single, "workers", lambda: 0)
+    medclr.pretrain(image_store, whole, config=config)
+    processes.setattr(single, "workers", lambda: 2)
+    words = ["pretrain", "--store", str(image_store), "--out", str(halves), "--config", str(config)]
+    stopped(words, Method, "objective", 3)
+    assert main(words) == 0
+    assert_same_run(halves, whole)
+    chain = read_yaml(halves / "config.yaml")["views"]["chain"]
+    assert chain[1] == {"name": "RandGaussianNoise", "prob": 0.5, "std": 0.1, "mean": 0.0, "sample_std": True}
+    assert (whole / "figures" / "views.png").exists()
     with pytest.raises(MedclrError, match=r"views\.chain"):
-        medclr.pretrain(image_store, out, config=config, settings={"views.chain": [{"name": "RandomGamma"}]})
+        medclr.pretrain(image_store, whole, config=config, settings={"views.chain": [{"name": "RandomGamma"}]})
 
 
 def test_a_wrong_chain_leaves_no_run(tmp_path: Path, image_store: Path) -> None:

@@ -128,7 +128,11 @@ def check(config: ViewsConfig, modalities: Iterable[str]) -> None:
         if entry["name"] not in OWN:
             _try_monai(entry, config.size_px)
     for name in modalities if config.chain is not None else ():
-        for step in custom_chain(MODALITIES[name], config):
+        try:
+            chain = custom_chain(MODALITIES[name], config)
+        except (TypeError, ValueError) as error:
+            raise MedclrError(f"views.chain: an argument is of the wrong kind ({error})") from error
+        for step in chain:
             if isinstance(step, MonaiTransforms):
                 continue
             images = _sample(2 * config.size_px if isinstance(step, RandomResizedCrop) else config.size_px)

@@ -67,8 +67,8 @@ class MonaiTransforms(BatchTransform):
         return send(made.clamp_(0, 1) if self.is_scaled else made, images.device)
 
     def describe(self, params: Params, i: int) -> str:
-        """The names; what they drew, they keep to themselves."""
-        return self.name
+        """The names, and the first seed: what follows from it, they keep to themselves."""
+        return f"{self.name} {int(params['seed'][i, 0]):08x}"
 
 
 def apply(spec: str, images: Images, seeds: Seeds) -> Images:
