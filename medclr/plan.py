@@ -56,6 +56,8 @@ class Trial:
     """Of what comes once: beginning, end, and what the first steps took longer."""
     peak_bytes: int
     """Of the process, or of the GPU's memory that its tensors took."""
+    steps_bytes: int
+    """The same when the steps were done, before the export and the pictures: what grows with the batch."""
     device_bytes: int
     """Memory of the machine or of the GPU."""
     device: str
@@ -237,9 +239,9 @@ def _line(known: Sequence[Trial]) -> tuple[float, float]:
     """
     large, small = known[-1], known[-2] if len(known) > 1 else known[-1]
     if large.together == small.together:
-        return 0.0, large.peak_bytes / large.together
-    each = max((large.peak_bytes - small.peak_bytes) / (large.together - small.together), 1.0)
-    return large.peak_bytes - each * large.together, each
+        return 0.0, large.steps_bytes / large.together
+    each = max((large.steps_bytes - small.steps_bytes) / (large.together - small.together), 1.0)
+    return large.steps_bytes - each * large.together, each
 
 
 def _bytes(known: Sequence[Trial], items: int) -> float:
@@ -297,12 +299,12 @@ def _trial(request: Request, size_px: int, batch: int, chunk: int | None, *, qui
 class _Watch:
     """Looks at the clock after each step, and ends the run after some."""
 
-    def __init__(self, *, quick: bool) -> None:
-        self._quick = quick
+    def __init__(self, device: str, *, quick: bool) -> None:
+        self._device, self._quick = device, quick
         self._marks: list[float] = []  # seconds when each step was done, monitor and checkpoints left out
 
     def __call__(self, step: int, clock: "Clock") -> bool:
-        self.clock = clock
+        self.clock, self.steps_bytes = clock, _peak(self._device)
         self._marks.append(_without_pauses(clock.seconds()))
         timed = len(self._marks) - WARM
         long = timed > 0 and self._marks[-1] - self._marks[WARM - 1] > ENOUGH_S
@@ -321,6 +323,8 @@ class _Watch:
         exported = [file for folder in ("encoder", "figures") for file in (out / folder).iterdir()]
         return {
             "step_s": self.step_s,
+            "peak_bytes": _peak(self._device),
+            "steps_bytes": self.steps_bytes,
             "monitor_s": seconds["monitor"] / begun["monitor"],
             "checkpoint_s": seconds["checkpoints"] / begun["checkpoints"],
             "rest_s": max(_without_pauses(seconds) - steps * self.step_s, 0.0),
@@ -343,21 +347,27 @@ def _child(kind: str, words: Sequence[str]) -> dict[str, Any]:
 
     started = time.perf_counter()
     request = read_settings(words)
-    watch = _Watch(quick=kind == "quick")
+    on_gpu = request.settings.device != "cpu" and torch.cuda.is_available()
+    watch = _Watch("cuda" if on_gpu else "cpu", quick=kind == "quick")
     try:
         train(request, started, watch)
     except MedclrError as error:
         return {"error": str(error)}
     row = read_metrics(request.out)[-1]
     found = watch.found(request.out) | {"steps_per_epoch": round(row["step"] / row["epoch"])}
-    if request.settings.device == "cpu" or not torch.cuda.is_available():
-        device = f"a CPU with {torch.get_num_threads()} threads"
-        return found | {"device": device, "device_bytes": machine_bytes(), "peak_bytes": peak_bytes()}
-    return found | {
-        "device": torch.cuda.get_device_name(),
-        "device_bytes": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-    }
+    if not on_gpu:
+        return found | {"device": f"a CPU with {torch.get_num_threads()} threads", "device_bytes": machine_bytes()}
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return found | {"device": torch.cuda.get_device_name(), "device_bytes": memory}
+
+
+def _peak(device: str) -> int:
+    """The most memory so far: of a GPU's tensors, or of this process."""
+    if device == "cpu":
+        return peak_bytes()
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":

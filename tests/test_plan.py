@@ -24,7 +24,8 @@ GB = 10**9
 
 def trial(batch: int, chunk: int | None = None, size_px: int = 64, peak: float = 1.0, **more: float) -> Trial:
     facts = {
-        "step_s": 0.5, "monitor_s": 3.0, "checkpoint_s": 0.25, "rest_s": 7.0, "peak_bytes": int(peak * GB),
+        "step_s": 0.5, "monitor_s": 3.0, "checkpoint_s": 0.25, "rest_s": 7.0,
+        "peak_bytes": int(peak * GB), "steps_bytes": int(peak * GB),
         "device_bytes": 16 * GB, "device": "a CPU with 2 threads", "checkpoint_bytes": 90_000_000,
         "export_bytes": 50_000_000, "row_bytes": 200.0, "steps_per_epoch": 20,
     }  # fmt: skip
@@ -169,7 +170,7 @@ class Steps(Clock):
 
 
 def test_the_first_steps_and_the_pauses_are_left_out():
-    watch, clock = planning._Watch(quick=False), Steps()
+    watch, clock = planning._Watch("cpu", quick=False), Steps()
     ended = []
     for number in range(40):
         clock.told["rest"] += 5.0 if number < planning.WARM else 1.5
@@ -179,7 +180,7 @@ def test_the_first_steps_and_the_pauses_are_left_out():
             break
     assert watch.step_s == pytest.approx(1.5)
     assert len(ended) == planning.WARM + 7, "more than ten seconds"
-    quick = planning._Watch(quick=True)
+    quick = planning._Watch("cpu", quick=True)
     assert [quick(number, clock) for number in range(6)] == [False] * 5 + [True]
 
 

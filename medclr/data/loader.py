@@ -215,7 +215,8 @@ class Loader:
         """The window [n] in which each of the slices is read: the shards in random order, cut into pieces."""
         assert self._window_bytes is not None
         shard = self.store.column("shard")
-        shards = np.random.default_rng([self.seed, epoch, 1]).permutation(np.unique(shard[self.indices]))
+        wanted = np.flatnonzero(np.bincount(shard[self.indices]))  # the shards that hold any of the slices
+        shards = np.random.default_rng([self.seed, epoch, 1]).permutation(wanted)
         size = self.store.shard_bytes[shards]
         _, window = np.unique((size.cumsum() - size) // self._window_bytes, return_inverse=True)  # ascending, no gaps
         window_of_shard = np.zeros(len(self.store.info.shard_slices), dtype=np.int64)
