@@ -11,6 +11,7 @@ from medclr.augment.points import Points, shared_points, source_matrices, to_sou
 from medclr.augment.views import Draws, replay
 from medclr.config import ViewsConfig
 from medclr.data.loader import Batch
+from medclr.errors import MedclrError
 
 N, SIDE, COUNT, DISTANCE = 40, 64, 12, 4.0
 NAMES = ("MR", "XR", "US")
@@ -128,3 +129,12 @@ def test_there_and_back_again(draws: Draws) -> None:
     matrix = source_matrices(batch_of(torch.zeros(N, 1, SIDE, SIDE)), draws, 1, ROWS)
     at = torch.rand(N, 5, 2, dtype=torch.float64) * 2 - 1
     torch.testing.assert_close(to_view(matrix, to_source(matrix, at)), at)
+
+
+def test_what_moves_pixels_besides_the_crop_is_refused() -> None:
+    batch, rows = batch_of(torch.zeros(6, 1, SIDE, SIDE)), torch.arange(6)
+    still = replace(CONFIG, chain=[{"name": "RandGaussianNoise"}])
+    assert shared_points(batch, Draws(still, 6, seed=0, step=0), rows, 4, 2.0).exists.any()
+    moved = replace(CONFIG, chain=[{"name": "RandGaussianNoise"}, {"name": "RandAffine", "rotate_range": 0.3}])
+    with pytest.raises(MedclrError, match="RandAffine moves pixels, and points do not follow it"):
+        shared_points(batch, Draws(moved, 6, seed=0, step=0), rows, 4, 2.0)

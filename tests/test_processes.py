@@ -57,6 +57,8 @@ RUNS: list[dict[str, Any]] = [
     {},
     {"simclr.head_layers": 3, "simclr.loss": "blocks", "simclr.negatives": "other_scans",
      "simclr.positives": "same_patient", "chunk": 4},
+    {"method": "dense", "dense.global_weight": 0.5, "dense.width": 4, "chunk": 4},
+    {"method": "masked", "masked.fill": "noise", "masked.patch_px": 4, "masked.width": 4},
 ]  # fmt: skip
 
 
@@ -180,7 +182,7 @@ def outcome(run: Path) -> tuple[list[float], Tensor]:
     return [row["loss"] for row in read_metrics(run)], torch.cat(weights)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_processes_train_as_one_through_the_real_loop(image_store: Path, tmp_path: Path) -> None:
     train_runs(image_store, tmp_path / "1")
     launch(2, "runs", image_store, tmp_path / "2")

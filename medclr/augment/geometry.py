@@ -39,6 +39,21 @@ def crop_box(params: Params, content: Tensor, aspect: tuple[float, float]) -> tu
     return top + at[:, 0], left + at[:, 1], h, w
 
 
+def source_matrix(box: tuple[Tensor, ...], params: Params) -> Tensor:
+    """Float32 [n,2,3], from where a view shows a point to where in the image it took it, as ``resample`` says.
+
+    Args:
+        box: as of ``crop_box``.
+        params: as of ``RandomResizedCrop.sample``.
+    """
+    top, left, h, w = box  # [n] each
+    angle = params["rotation_deg"].deg2rad()
+    across = torch.stack([angle.cos(), angle.sin()], 1) * (w / 2 * (1 - 2 * params["flip_lr"].float()))[:, None]
+    down = torch.stack([-angle.sin(), angle.cos()], 1) * (h / 2 * (1 - 2 * params["flip_ud"].float()))[:, None]
+    centre = torch.stack([left + w / 2, top + h / 2], 1)
+    return torch.stack([across, down, centre], 2)
+
+
 def pyramid_level(height: Tensor, width: Tensor, size_px: int) -> Tensor:
     """How often to halve the image before sampling a crop [n] of that many pixels, int64 [n].
 
@@ -163,13 +178,9 @@ class RandomResizedCrop(BatchTransform):
         Where there are images without rotation, on a processor, also the ``lines`` of ``resample_straight``.
         """
         top, left, h, w = crop_box(params, params["content"], self.aspect)  # [B] each
-        angle = params["rotation_deg"].deg2rad()
-        across = torch.stack([angle.cos(), angle.sin()], 1) * (w / 2 * (1 - 2 * params["flip_lr"].float()))[:, None]
-        down = torch.stack([-angle.sin(), angle.cos()], 1) * (h / 2 * (1 - 2 * params["flip_ud"].float()))[:, None]
-        centre = torch.stack([left + w / 2, top + h / 2], 1)
-        matrix = torch.stack([across, down, centre], 2)  # [B,2,3]
+        matrix = source_matrix((top, left, h, w), params)  # [B,2,3]
         level = pyramid_level(h, w, self.size_px)  # [B]
-        straight = (angle == 0) & (images.device.type == "cpu")  # [B]
+        straight = (params["rotation_deg"] == 0) & (images.device.type == "cpu")  # [B]
         lines: Params = {}
         if straight.any():
             side = 2.0**level  # [B], of an averaged block

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medclr.augment.geometry import RandomResizedCrop, crop_box
-from medclr.augment.transform import Params
+from medclr.augment.chain import moving
+from medclr.augment.geometry import RandomResizedCrop, crop_box, source_matrix
 from medclr.augment.views import Draws
+from medclr.errors import MedclrError
 
 if TYPE_CHECKING:
     from medclr.data.loader import Batch
@@ -75,26 +76,20 @@ def shared_points(batch: "Batch", draws: Draws, rows: Tensor, count: int, distan
 
 
 def source_matrices(batch: "Batch", draws: Draws, view: int, rows: Tensor) -> Tensor:
-    """Float64 [m,2,3], from (u, v, 1) in view 0 (a) or 1 (b) to (x, y) in the slice, of each slice of ``batch``."""
+    """Float64 [m,2,3], from (u, v, 1) in view 0 (a) or 1 (b) to (x, y) in the slice, of each slice of ``batch``.
+
+    Raises:
+        MedclrError: a chain of the user's own moves pixels after the crop.
+    """
     matrices = torch.empty(len(rows), 2, 3, dtype=torch.float64)
     for drawn in draws.drawn(batch, view, rows):
+        if moved := moving(drawn.chain):
+            raise MedclrError(f"views.chain: {moved[0]} moves pixels, and points do not follow it; leave it out")
         crop = drawn.chain[0]
-        if not isinstance(crop, RandomResizedCrop):
-            raise TypeError(f"a view begins with {type(crop).__name__}, which has no geometry")
-        matrices[drawn.rows] = source_matrix(crop, drawn.params[0])
+        assert isinstance(crop, RandomResizedCrop)  # every chain begins with it
+        params = drawn.params[0]
+        matrices[drawn.rows] = source_matrix(crop_box(params, params["content"], crop.aspect), params).double()
     return matrices
-
-
-def source_matrix(crop: RandomResizedCrop, params: Params) -> Tensor:
-    """What ``RandomResizedCrop`` does: float64 [n,2,3], from where it puts a point to where it took it."""
-    box = crop_box(params, params["content"], crop.aspect)
-    top, left, height, width = (side.double() for side in box)  # [n] each
-    angle = params["rotation_deg"].double().deg2rad()
-    w, h = width / 2 * (1 - 2 * params["flip_lr"].double()), height / 2 * (1 - 2 * params["flip_ud"].double())  # [n]
-    across = torch.stack([angle.cos() * w, angle.sin() * w], 1)  # [n,2]
-    down = torch.stack([-angle.sin() * h, angle.cos() * h], 1)  # [n,2]
-    centre = torch.stack([left + width / 2, top + height / 2], 1)  # [n,2]
-    return torch.stack([across, down, centre], 2)
 
 
 def to_source(matrix: Tensor, at: Tensor) -> Tensor:
