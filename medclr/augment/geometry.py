@@ -93,19 +93,19 @@ def resample(images: Tensor, matrix: Tensor, air: Tensor, size_px: int, level: i
 
 
 def neighbours(first: Tensor, step: Tensor, size_px: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The two pixels of a line between which each of ``size_px`` samples lies, and their weights: [m,s,2] each.
+    """The two pixels of a line between which each of ``size_px`` samples lies, and their weights: [...,s,2] each.
 
     Args:
-        first: [m], where the first sample lies, in pixels; pixel i has its centre at i.
-        step: [m], from one sample to the next.
+        first: [...], where the first sample lies, in pixels; pixel i has its centre at i.
+        step: [...], from one sample to the next.
         size_px: s.
-        pixels: [m], in the line. Those beyond its ends have weight 0.
+        pixels: [...], in the line. Those beyond its ends have weight 0.
     """
-    at = first[:, None] + step[:, None] * torch.arange(size_px)  # [m,s]
+    at = first[..., None] + step[..., None] * torch.arange(size_px)  # [...,s]
     below = at.floor()
-    index = torch.stack([below, below + 1], 2)  # [m,s,2]
-    last = pixels[:, None, None] - 1
-    weight = torch.stack([below + 1 - at, at - below], 2) * ((index >= 0) & (index <= last))  # [m,s,2]
+    index = torch.stack([below, below + 1], -1)  # [...,s,2]
+    last = pixels[..., None, None] - 1
+    weight = torch.stack([below + 1 - at, at - below], -1) * ((index >= 0) & (index <= last))  # [...,s,2]
     return index.clamp_(min=0).minimum(last).long(), weight
 
 
@@ -184,13 +184,13 @@ class RandomResizedCrop(BatchTransform):
         lines: Params = {}
         if straight.any():
             side = 2.0**level  # [B], of an averaged block
+            pixels = (torch.tensor(images.shape[:1:-1])[:, None] / side).ceil()  # [2,B], of x and of y
+            half, middle = matrix.diagonal(dim1=1, dim2=2).T / side, matrix[:, :, 2].T / side  # [2,B] each
+            step = half * (2 / self.size_px)
+            index, weight = neighbours(middle - half + step / 2 - 0.5, step, self.size_px, pixels)  # [2,B,s,2] each
+            missing = (1 - weight.sum(3)) * params["air"][:, None]  # [2,B,s]
             for i, axis in enumerate("xy"):
-                pixels = (images.shape[3 - i] / side).ceil()  # [B]
-                half, middle = matrix[:, i, i] / side, matrix[:, i, 2] / side  # [B] each
-                step = half * (2 / self.size_px)
-                index, weight = neighbours(middle - half + step / 2 - 0.5, step, self.size_px, pixels)
-                missing = (1 - weight.sum(2)) * params["air"][:, None]  # [B,s]
-                lines |= {f"{axis}_index": index, f"{axis}_weight": weight, f"{axis}_air": missing}
+                lines |= {f"{axis}_index": index[i], f"{axis}_weight": weight[i], f"{axis}_air": missing[i]}
         air, matrix = send(params["air"], images.device), send(matrix, images.device)
         return {"kind": level * 2 + straight, "matrix": matrix, "air": air, **lines}
 

@@ -146,13 +146,19 @@ def _blur_rows(images: Tensor, kernel: Tensor) -> Tensor:
     """On a processor: weighted sums of rows, of the image and then of the image turned over; kernel [B,k]."""
     n, _, height, width = images.shape
     lines = images.reshape(n, height, width)
-    for _ in range(2):
-        size, shifts = lines.shape[1], torch.arange(kernel.shape[1]) - kernel.shape[1] // 2
-        index = (torch.arange(size)[:, None] + shifts).clamp_(0, size - 1)  # [S,k]
-        index = index + size * torch.arange(n)[:, None, None]  # [B,S,k]
+    for size in (height, width):
+        index = _around(2 ** (n - 1).bit_length(), size, kernel.shape[1])[:n]  # [B,S,k]
         lines = mix(lines.flatten(0, 1), index, kernel[:, None].expand(n, size, -1)).view(lines.shape)
         lines = turn(lines)
     return lines[:, None]
+
+
+@lru_cache(maxsize=32)
+def _around(n: int, size: int, width: int) -> Tensor:
+    """For each line of ``n`` images of ``size`` lines the ``width`` lines around it, [n,size,width]."""
+    shifts = torch.arange(width) - width // 2
+    index = (torch.arange(size)[:, None] + shifts).clamp_(0, size - 1)  # [S,k]
+    return index + size * torch.arange(n)[:, None, None]
 
 
 def _blur_shifts(images: Tensor, kernel: Tensor) -> Tensor:
