@@ -32,6 +32,7 @@ from medclr.config import (
 from medclr.data.cases import Cases, read_cases, refuse_seen
 from medclr.data.loader import load_batch
 from medclr.data.store import Store
+from medclr.device import device_of, put_on
 from medclr.errors import MedclrError
 from medclr.files import alone, write_text
 from medclr.finetune import (
@@ -41,11 +42,9 @@ from medclr.finetune import (
     Ints,
     State,
     build_tuner,
-    device_of,
     digest_of,
     fit,
     match_text,
-    put_on,
     scans_of,
     setting_word,
     write_scores,

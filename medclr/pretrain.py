@@ -26,6 +26,7 @@ from medclr.clock import PARTS, Clock, shares
 from medclr.data.leave_out import left_out
 from medclr.data.loader import Loader, load_batch
 from medclr.data.store import Store
+from medclr.device import device_of
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.files import alone, write_json
@@ -185,7 +186,7 @@ def train(request: Request, started: float, enough: Enough | None = None) -> Run
     group = Group.from_environment(settings.device)
     try:
         with group.together():
-            device = _device(settings.device)
+            device = device_of(settings.device)
             store = Store(request.store)
             indices = store.indices(settings.data.split)  # [n]
             if settings.data.leave_out:
@@ -457,17 +458,6 @@ def _spent(out: Path) -> dict[str, float]:
 def _write_times(out: Path, clock: Clock) -> None:
     seconds = {name: round(value, 3) for name, value in clock.seconds().items()}
     write_json(out / TIMES, seconds | {"total": round(sum(seconds.values()), 3)})
-
-
-def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(chosen)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise MedclrError(f"device: {chosen!r} cannot be used here ({reason}); choose auto, cpu or cuda") from error
-    return device
 
 
 def _words(watched: Mapping[str, float]) -> str:

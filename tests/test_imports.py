@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "medclr"
 LAYERS = (  # a file may import what stands above it, and its own folder
-    "errors", "files", "config", "progress figures report track monitor memory clock runs", "checkpoint distributed",
-    "stop", "scans", "sources", "data", "augment models losses optim outcomes figures_masks",
+    "errors", "files", "config", "progress figures report track monitor memory clock runs device",
+    "checkpoint distributed", "stop", "scans", "sources", "data", "augment models losses optim outcomes figures_masks",
     "statistics methods tasks", "embed describe trained",
     "step look request gallery", "pretrain finetune probe", "distill predict plan",
     "compare_plan", "compare_results", "compare_figures", "compare_page", "compare", "demo", "cli", "__main__",
