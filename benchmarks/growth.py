@@ -114,7 +114,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         made = {n: make_store(folder / f"slices-{n}", n, 32) for n in given.slices}
-        found = [{n: run(path, "shuffle", 32, given.steps) for n, path in made.items()} for _ in range(given.rounds)]
+        found = [{n: run(path, "shuffle", 16, given.steps) for n, path in made.items()} for _ in range(given.rounds)]
         print("slices in the store    processor time a step    of the smallest    peak memory")
         for n in given.slices:
             times = [each[n]["step_s"] for each in found]
@@ -127,7 +127,7 @@ def main() -> int:
             n = int(gb * 1e9 / (2 * 224**2)) // DEPTH * DEPTH
             store = make_store(folder / f"gb-{gb}", n, 224)
             order = "shuffle" if gb == given.gb[0] else "shards"
-            peaks.append(run(store, order, 32, given.steps)["peak"])
+            peaks.append(run(store, order, 16, given.steps)["peak"])
             print(
                 f"{gb:g} GB of slices, order {order}: peak memory {peaks[-1] / 1e6:.0f} MB, {peaks[-1] / peaks[0]:.2f}"
             )
