@@ -3,7 +3,7 @@
 Volumes of the same body part show the same anatomy at the same relative height, so their slices there are positives of
 each other, without any label. It asks for volumes that begin and end at like places.
 
-Letters: B images, F features of the encoder, K components of the embedding, S the image side.
+Letters: B images, K components of the embedding.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.losses.nt_xent import Form
 from medclr.losses.positional import positional_nt_xent
-from medclr.methods import PretrainingMethod
-from medclr.models.heads import ProjectionHead
+from medclr.methods import simclr
 
 
 @dataclass(frozen=True)
@@ -52,25 +51,13 @@ class Config:
             raise MedclrError(f"out_features: {self.out_features} is below 1; 128 is usual")
 
 
-class Method(PretrainingMethod):
-    """Encoder and projection head, as in SimCLR; what attracts each other is another matter.
+class Method(simclr.Method):
+    """Encoder and projection head, as in SimCLR; what attracts each other is another matter."""
 
-    Attributes:
-        encoder: what is kept after pretraining; has ``features`` F.
-        head: projection head.
-    """
+    config: Config  # type: ignore[assignment]  # head and features are asked for alike
 
     def __init__(self, config: Config, encoder: nn.Module) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = encoder
-        features: int = encoder.features  # type: ignore[assignment]
-        self.head = ProjectionHead(features, config.head_layers, config.out_features)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B,1,S,S] -> features [B,F] and embedding [B,K]."""
-        features = self.encoder(x)
-        return features, self.head(features)
+        super().__init__(config, encoder)  # type: ignore[arg-type]
 
     def objective(
         self, a: Tensor, b: Tensor, facts: Any = None, group: Group | None = None
