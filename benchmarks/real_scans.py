@@ -35,7 +35,7 @@ CXR_RUNS = {
 }
 """14 and 4 minutes on one core."""
 
-HIPPOCAMPUS = {**CXR, "encoder.name": "efficientnet-lite0", "epochs": 10}
+HIPPOCAMPUS = {**CXR, "encoder.name": "efficientnet-lite0", "init": "imagenet", "epochs": 10, "optim.lr": 0.03}
 
 
 def public_key(out: Path) -> Path:
@@ -96,7 +96,7 @@ def hippocampus(data: Path, out: Path) -> None:
     masks, key, store = root / "labels", public_key(out), out / "stores" / "hippocampus"
     print(medclr.index([root / "images"], manifest, masks=masks, modality="MR", split=split, key_file=key))
     print(medclr.prepare(manifest, store, size_px=64, workers=2, key_file=key))
-    run = out / "runs" / "hippocampus-simclr"
+    run = out / "runs" / "hippocampus-imagenet-simclr"
     print(medclr.pretrain(store, run, config=CONFIGS / "pretrain" / "mr.yaml", settings=HIPPOCAMPUS))
     compared("hippocampus", out)
 
