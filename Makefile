@@ -11,7 +11,7 @@ demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four mi
 	$(BIN)/medclr demo --out demo
 
 test: $(STAMP) lint  ## lint, types and the quick tests, two processes side by side
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(STAMP)  ## tests that take minutes
 	$(BIN)/pytest -m slow
