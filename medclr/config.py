@@ -23,8 +23,9 @@ class EncoderConfig:
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet-lite0"] = "resnet18"
     """ResNet-18 and 34 have 512 features, the others 2048, times width; efficientnet-lite0 (extra: imagenet) 1280."""
 
-    width: Literal[1, 2] = 1
-    """Multiplies the channels of every layer (the "2x" of SimCLR)."""
+    width: float = 1
+    """Multiplies the channels of every layer of a ResNet: 2 is the "2x" of SimCLR, 0.25 is for small images and few
+    cores."""
 
     stem: Literal["auto", "imagenet", "medium", "small"] = "auto"
     """First layers. imagenet: 7x7 stride 2 and max-pool (1/4 of the size); medium: 3x3 stride 2 (1/2; for about 64 px);
@@ -38,7 +39,15 @@ class EncoderConfig:
     """Neighbouring slices that the first convolution sees as channels, an odd number; 1: each slice alone."""
 
     def __post_init__(self) -> None:
-        _require({"encoder.slices": (self.slices >= 1 and self.slices % 2 == 1, "an odd number, at least 1")})
+        _require(
+            {
+                "encoder.slices": (self.slices >= 1 and self.slices % 2 == 1, "an odd number, at least 1"),
+                "encoder.width": (
+                    self.width > 0 and 8 * self.width % 1 == 0,
+                    "a multiple of 1/8, such as 0.25 or 2",
+                ),
+            }
+        )
 
 
 @dataclass(frozen=True)

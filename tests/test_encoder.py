@@ -58,6 +58,19 @@ def test_every_depth_has_torchvisions_parameters(name: str) -> None:
     assert all(w.shape[0] == 2 * t.shape[0] for w, t in zip(wide.parameters(), encoder.parameters(), strict=True))
 
 
+def test_a_quarter_of_the_width_is_a_quarter_of_the_channels_everywhere() -> None:
+    encoder, quarter = (build_encoder(config(width=width, stem="medium"), size_px=64) for width in (1, 0.25))
+    assert list(quarter.channels) == [n // 4 for n in encoder.channels]
+    assert [m.shape[1] for m in quarter.pyramid(torch.rand(2, 1, 64, 64))] == list(quarter.channels)
+    assert all(4 * w.shape[0] == t.shape[0] for w, t in zip(quarter.parameters(), encoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("width", [0, -1, 0.3])
+def test_a_width_without_whole_channels_is_refused(width: float) -> None:
+    with pytest.raises(MedclrError, match=r"encoder\.width must be a multiple of 1/8"):
+        config(width=width)
+
+
 @pytest.mark.parametrize(
     ("stem", "size_px", "sides"),
     [

@@ -75,7 +75,7 @@ class ResNetEncoder(Encoder, ResNet):
         )
         self.has_ones = config.normalise == "imagenet"
         # MONAI leaves in in_planes the channels of the last stage
-        channels = [64 * config.width, *(self.in_planes // 2**k for k in (3, 2, 1, 0))]
+        channels = [int(64 * config.width), *(self.in_planes // 2**k for k in (3, 2, 1, 0))]
         # With the stem that was settled: for images of another size 'auto' might be another one.
         self.describe(replace(config, stem=stem), size_px, channels)
         for module in self.modules():
