@@ -18,8 +18,11 @@ from medclr.statistics import reliability
 SOFT = "#7b8794"
 """Colour of what is not the point: random weights, lines to compare with."""
 
+GREYS, OTHERS = (SOFT, COLOURS[5], "#b6bec8"), tuple(COLOURS[i] for i in (0, 2, 4, 3, 6, 7))
+"""Of inits: random weights, and what is neither random nor the reference."""
+
 GROUPS = (COLOURS[5], COLOURS[6], COLOURS[4], COLOURS[3])
-"""Of true classes, none of them that of an init."""
+"""Of true classes."""
 
 RARE = 0.01
 """Bins with a smaller share of the scans are not drawn: where they lie is chance."""
@@ -29,12 +32,13 @@ WARN = "#b3261e"
 
 
 def colours(results: Results) -> dict[str, str]:
-    """Init -> colour: the reference red, random weights grey."""
-    rest = iter([COLOURS[0], COLOURS[2], *COLOURS[4:]] * len(results.plan.inits))
+    """Init -> colour: the reference red, random weights of one network and another in greys."""
+    count = len(results.plan.inits)
+    greys, rest = iter(GREYS * count), iter(OTHERS * count)
     chosen = {}
     for name, init in results.plan.inits.items():
         is_reference = name == results.plan.referred
-        chosen[name] = COLOURS[1] if is_reference else SOFT if init.encoder == "random" else next(rest)
+        chosen[name] = COLOURS[1] if is_reference else next(greys) if init.encoder == "random" else next(rest)
     return chosen
 
 

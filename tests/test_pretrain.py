@@ -27,10 +27,11 @@ from medclr.files import alone, sha256
 from medclr.methods.simclr import Method
 from medclr.track import read_metrics
 
-SMALL = {"epochs": 3, "batch": 8, "views.size_px": 16, "device": "cpu", "monitor.sample": 32}
+SMALL = {"epochs": 3, "batch": 8, "encoder.width": 0.25, "views.size_px": 16, "device": "cpu", "monitor.sample": 32}
 
 
 EASY = {
+    "encoder.width": 1,
     "views.crop_area": "[0.7,1]",
     "views.strength": 0.3,
     "optim.name": "adamw",

@@ -21,6 +21,7 @@ SETTINGS = {
     "epochs": 5,
     "batch": 8,
     "views.size_px": 16,
+    "encoder.width": 0.25,
     "encoder.stem": "imagenet",
     "device": "cpu",
     "monitor.sample": 16,
