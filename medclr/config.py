@@ -498,7 +498,14 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _check_keys(path: Path, known: set[str]) -> None:
-    for key, _ in flatten(read_yaml(path)):
+    given = read_yaml(path)
+    for key, _ in flatten(given):
+        group = key.split(".")[0]
+        if key not in known and group == given.get("method"):  # and another method is asked for by option
+            raise MedclrError(
+                f"{path}: its settings are those of method {group}; take the file of the other method, such as "
+                f"configs/pretrain/dense.yaml for dense, or delete its lines below {group!r}"
+            )
         if key not in known:
             raise MedclrError(f"{path}: unknown setting {key!r}{nearest(key, sorted(known))}")
         if inside := sorted(name for name in known if name.startswith(f"{key}.")):

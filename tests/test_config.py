@@ -151,3 +151,9 @@ def test_every_shipped_file_is_complete_and_valid(path):
 
     resolved = read_settings(["--config", str(path), "--store", "s", "--out", "o"]).resolved
     assert not differences(read_yaml(path), resolved)  # complete: it leaves nothing to a default
+
+
+def test_a_file_for_one_method_with_another_asked_for_says_so() -> None:
+    file = Path(__file__).parent.parent / "configs" / "pretrain" / "mr.yaml"
+    with pytest.raises(MedclrError, match=r"mr\.yaml: its settings are those of method simclr; take the file of the o"):
+        settings("--config", str(file), "--method", "dense")
