@@ -24,11 +24,13 @@ import torch
 
 from medclr import files
 from medclr.compare_page import write_report
-from medclr.compare_plan import Cell, CompareConfig, open_comparison, read_config
+from medclr.compare_plan import Cell, CompareConfig, dotted, open_comparison, read_config
 from medclr.compare_results import Results, read_results, write_table
 from medclr.data.cases import choose_cases, split_patients, write_cases
 from medclr.data.splits import refuse_overlap
 from medclr.data.store import Store
+from medclr.distill import learnt_from, train_student
+from medclr.distill import read_wish as read_distill
 from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError, Terminated
 from medclr.files import alone
@@ -114,9 +116,9 @@ def check(plan: CompareConfig) -> dict[str, int]:
                 for seed in range(plan.seeds):
                     cases = choose_cases(store, task.strata, str(budget), seed=seed, test_share=plan.test_share)
                     task.check(scans_of(task, store, cases.train), f"the cases of budget {budget}, seed {seed},")
-            encoder, _ = start_encoder(
-                init.encoder, wish.settings.network, wish.settings.size_px, store.info.size_px, seed=0
-            )
+            start, size = plan.inits[plan.first_of(name)].encoder, wish.settings.size_px
+            encoder, _ = start_encoder(start, wish.settings.network, size, store.info.size_px, seed=0)
+            taught = learnt_from(read_distill(student_words(plan, name)), store) if init.teacher else frozenset()
         except MedclrError as error:
             raise MedclrError(f"inits.{name}: {error}") from None
         scans = [store.scans[int(i)] for i in task.scans]
@@ -128,7 +130,7 @@ def check(plan: CompareConfig) -> dict[str, int]:
                 f"inits.{name}: its store has other labelled scans or test patients than that of {first[0]}, so they "
                 "cannot be paired; prepare both stores from the same manifest"
             )
-        seen = encoder.seen_patients & set(cases.test)
+        seen = (encoder.seen_patients | taught) & set(cases.test)
         if not plan.transductive:
             what = f"the pretraining of {name} and the test set (transductive: true goes on, and stamps every figure)"
             refuse_overlap(seen, cases.test, what)
@@ -138,10 +140,18 @@ def check(plan: CompareConfig) -> dict[str, int]:
 
 def wish_of(plan: CompareConfig, init: str, **changes: Any) -> Wish:
     """What ``medclr finetune`` would be asked for; MedclrError if some setting is wrong."""
-    asked = {"store": plan.store_of(init), "out": "-", "task": plan.task, "encoder": plan.inits[init].encoder}
+    encoder = plan.inits[plan.first_of(init)].encoder
+    asked = {"store": plan.store_of(init), "out": "-", "task": plan.task, "encoder": encoder}
     return read_wish(
         [f"--{key}={_word(value)}" for key, value in {**asked, **plan.settings_of(init), **changes}.items()]
     )
+
+
+def student_words(plan: CompareConfig, init: str, **changes: Any) -> list[str]:
+    """What ``medclr distill`` is asked for."""
+    asked: dict[str, Any] = {"store": plan.store_of(init), "out": "-", "teacher": "-", "student": "same"}
+    asked |= dotted(plan.inits[init].settings) | {"transductive": plan.transductive} | changes
+    return [f"--{key}={_word(value)}" for key, value in asked.items()]
 
 
 def _word(value: Any) -> str:
@@ -178,6 +188,10 @@ def compute(plan: CompareConfig, out: Path, run: Run) -> None:
         todo = [cell for cell in cells if not cell.is_done(out)]
         if not todo:
             continue
+        untaught = {
+            teacher for cell in todo if (teacher := cell.teacher(plan)) and not (teacher.folder(out) / "model").is_dir()
+        }
+        todo = [cell for cell in cells if cell in untaught or not cell.is_done(out)]
         if protocol == "probe" and run is run_cell:
             for init in plan.inits:
                 if any(cell.init == init for cell in todo):
@@ -186,7 +200,7 @@ def compute(plan: CompareConfig, out: Path, run: Run) -> None:
         done = len(cells) - len(todo)
         started = time.perf_counter()
         try:
-            computed = _alone(plan, out, run, todo) if jobs == 1 else _shared(plan, out, run, todo, jobs)
+            computed = _computed(plan, out, run, todo, jobs)
             with (
                 progress(f"compare: {protocol}", len(cells), "cells", done=done) as advance,
                 contextlib.closing(computed),
@@ -198,6 +212,19 @@ def compute(plan: CompareConfig, out: Path, run: Run) -> None:
             took = f"after {duration(time.perf_counter() - started)}"
             words = f"stopped {took}, {done} of {len(cells)} {protocol} cells are in {out}; the same command goes on"
             raise type(stop)(words) from None
+
+
+def _computed(
+    plan: CompareConfig, out: Path, run: Run, cells: Sequence[Cell], jobs: int
+) -> Generator[tuple[Cell, float]]:
+    """Compute cells; side by side, students only when all teachers are there."""
+    if jobs == 1:
+        yield from _alone(plan, out, run, cells)
+        return
+    for is_taught in (False, True):
+        wave = [cell for cell in cells if (cell.teacher(plan) is not None) == is_taught]
+        if wave:
+            yield from _shared(plan, out, run, wave, min(jobs, len(wave)))
 
 
 def _alone(plan: CompareConfig, out: Path, run: Run, cells: Sequence[Cell]) -> Generator[tuple[Cell, float]]:
@@ -307,6 +334,8 @@ def _threads(n: int) -> Iterator[None]:
 def run_cell(plan: CompareConfig, cell: Cell, out: Path) -> float:
     """Compute a cell by its protocol; seconds."""
     runners: Mapping[str, Run] = {"probe": run_probe, "finetune": run_finetune}
+    if cell.teacher(plan) is not None:
+        return run_student(plan, cell, out)
     return runners[cell.protocol](plan, cell, out)
 
 
@@ -324,10 +353,25 @@ def run_finetune(plan: CompareConfig, cell: Cell, out: Path) -> float:
         test_share=plan.test_share,
         transductive=plan.transductive,
     )
-    if not plan.keep_models:
-        for name in ("checkpoints", "model"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    _tidy(plan, cell, folder)
     return summary.seconds
+
+
+def run_student(plan: CompareConfig, cell: Cell, out: Path) -> float:
+    """``medclr distill`` in the cell's folder, taught by the model of the teacher's cell."""
+    folder, teacher = cell.folder(out), cell.teacher(plan)
+    assert teacher is not None
+    words = student_words(plan, cell.init, out=folder, teacher=teacher.folder(out), seed=cell.seed)
+    summary = train_student(read_distill(words))
+    _tidy(plan, cell, folder)
+    return summary.seconds
+
+
+def _tidy(plan: CompareConfig, cell: Cell, folder: Path) -> None:
+    """Remove the weights that nobody wants any more."""
+    if not plan.keep_models:
+        for name in ("checkpoints", "rounds", *(() if cell.init in plan.teachers else ("model",))):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def run_probe(plan: CompareConfig, cell: Cell, out: Path) -> float:

@@ -11,7 +11,7 @@ DIR/results.csv, DIR/report.html, DIR/figures/          what came of it
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,12 @@ class InitConfig:
     """One of the encoders that are compared."""
 
     encoder: str
-    """random, imagenet, a run folder of medclr pretrain, or a file of torchvision's ResNet weights."""
+    """random, imagenet, a run folder of medclr pretrain, or a file of torchvision's ResNet weights; same: the model of
+    the teacher."""
+
+    teacher: str | None = None
+    """Another init, whose model of the same cell labels unlabelled slices softly: this one learns from that, as medclr
+    distill does, and settings are then those of medclr distill. null: from the labelled cases."""
 
     store: Path | None = None
     """A slice store of its own, of the same scans, say at another size; null: that of all."""
@@ -109,6 +114,25 @@ class CompareConfig:
             raise MedclrError("; ".join(wrong))
         if self.reference is not None and self.reference not in names:
             raise MedclrError(f"reference: {self.reference!r} is none of the inits{nearest(self.reference, names)}")
+        for name, init in self.inits.items():
+            if init.teacher is None and init.encoder == "same":
+                raise MedclrError(f"inits.{name}: encoder 'same' is the model of a teacher; name the init that teaches")
+            if init.teacher is None:
+                continue
+            if init.teacher not in names:
+                raise MedclrError(
+                    f"inits.{name}: teacher {init.teacher!r} is none of the inits{nearest(init.teacher, names)}"
+                )
+            if self.inits[init.teacher].teacher is not None:
+                raise MedclrError(f"inits.{name}: its teacher {init.teacher} has a teacher itself; use rounds instead")
+            if init.encoder != "same":
+                raise MedclrError(
+                    f"inits.{name}: write encoder: same, since the student starts from its teacher's model"
+                )
+            if init.store is not None:
+                raise MedclrError(f"inits.{name}: its store is that of its teacher; leave it out")
+            if "probe" in self.protocols:
+                raise MedclrError(f"inits.{name}: a probe has no teacher; take protocol finetune alone")
         for budget in budgets:
             try:
                 parse_budget(budget)
@@ -121,21 +145,34 @@ class CompareConfig:
         by_encoder = {init.encoder: name for name, init in reversed(self.inits.items())}
         return self.reference or by_encoder.get("imagenet") or by_encoder.get("random") or next(iter(self.inits))
 
+    @property
+    def teachers(self) -> set[str]:
+        """The inits whose models teach others."""
+        return {init.teacher for init in self.inits.values() if init.teacher is not None}
+
+    def first_of(self, init: str) -> str:
+        """The init that learns from the labelled cases: the teacher of a student, else the init itself."""
+        return self.inits[init].teacher or init
+
     def store_of(self, init: str) -> Path:
         """The slice store of an init."""
-        return self.inits[init].store or self.store
+        return self.inits[self.first_of(init)].store or self.store
 
     def settings_of(self, init: str) -> dict[str, Any]:
-        """The settings of ``medclr finetune`` for an init, by their dotted names."""
-        return dotted(self.settings) | dotted(self.inits[init].settings)
+        """The settings of ``medclr finetune`` for an init or its teacher, by their dotted names."""
+        return dotted(self.settings) | dotted(self.inits[self.first_of(init)].settings)
 
     def cells(self, protocol: str) -> "list[Cell]":
-        """All cells of a protocol, seed after seed, so that an unfinished comparison is a whole one of fewer seeds."""
+        """All cells of a protocol, seed after seed, so that an unfinished comparison is a whole one of fewer seeds.
+
+        Teachers come before their students.
+        """
+        inits = sorted(self.inits, key=lambda init: self.inits[init].teacher is not None)
         return [
             Cell(protocol, init, str(budget), seed)
             for seed in range(self.seeds)
             for budget in self.budgets
-            for init in self.inits
+            for init in inits
         ]
 
 
@@ -155,6 +192,11 @@ class Cell:
     def folder(self, out: Path) -> Path:
         """Where its predictions are kept."""
         return out / "cells" / self.protocol / folder_name(self.init) / self.budget / str(self.seed)
+
+    def teacher(self, plan: CompareConfig) -> "Cell | None":
+        """The cell whose model teaches the one of this."""
+        name = plan.inits[self.init].teacher
+        return None if name is None else replace(self, init=name)
 
     def is_done(self, out: Path) -> bool:
         """Whether it need not be computed again."""

@@ -264,7 +264,16 @@ def distill(
 
 
 def command(arguments: Sequence[str]) -> DistillSummary:
-    """``medclr distill``: the options are the fields of Asked and of FinetuneConfig."""
+    """``medclr distill``."""
+    return train_student(read_wish(arguments))
+
+
+def read_wish(arguments: Sequence[str]) -> Wish:
+    """What is asked for: the options are the fields of Asked and of FinetuneConfig.
+
+    Raises:
+        MedclrError: an unknown setting (with the nearest known one), a wrong type, or a value that cannot work.
+    """
 
     def add(parser: Any) -> None:
         dataclass_options(parser, Asked)
@@ -275,20 +284,30 @@ def command(arguments: Sequence[str]) -> DistillSummary:
     asked = {f.name: getattr(options, f.name) for f in fields(Asked)}
     names = [f.name for f in fields(FinetuneConfig) if f.name not in NOT_ASKED]
     settings = FinetuneConfig(**{name: getattr(options, name) for name in names})
-    return _distill(Wish(**asked, settings=settings))
+    return Wish(**asked, settings=settings)
 
 
-def _distill(wish: Wish) -> DistillSummary:
+def learnt_from(wish: Wish, store: Store) -> frozenset[str]:
+    """The patients whose slices of ``store`` the student would see."""
+    scans = np.unique(store.column("scan")[store.indices(_split(wish, store))])
+    return frozenset(store.scans[int(i)].patient_id for i in scans)
+
+
+def _split(wish: Wish, store: Store) -> str:
+    has_train = any(scan.split == "train" for scan in store.scans)
+    return wish.split if wish.split is not None else "train" if has_train else ""
+
+
+def train_student(wish: Wish) -> DistillSummary:
+    """``distill`` with settings that were read."""
     settings, store, trained = wish.settings, Store(wish.store), load_model(wish.teacher)
     cases = _cases_of(trained)
     device = device_of(settings.device)
     keep_freed_memory()
     teacher = trained.model.requires_grad_(False)
     put_on(teacher, device)
-    has_train = any(scan.split == "train" for scan in store.scans)
-    split = wish.split if wish.split is not None else "train" if has_train else ""
-    scans = np.unique(store.column("scan")[store.indices(split)]).astype(np.int64)
-    patients = {store.scans[int(i)].patient_id for i in scans}
+    scans = np.unique(store.column("scan")[store.indices(_split(wish, store))]).astype(np.int64)
+    patients = learnt_from(wish, store)
     model, match = _student(wish, trained, store)
     stamp = refuse_seen(
         patients | trained.patients | model.encoder.seen_patients,
