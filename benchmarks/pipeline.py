@@ -307,8 +307,9 @@ def table(given: Any, wall: dict[str, list[float]], processor: dict[str, list[fl
     for which in wall:
         cells = [which]
         for values in (wall, processor):
-            ratio = statistics.median(x / y for x, y in zip(values[which], values[given.sides[0]], strict=True))
-            cells += [f"{statistics.median(values[which]):.1f}", f"{ratio:.3f}"]
+            ratios = [x / y for x, y in zip(values[which], values[given.sides[0]], strict=True)]
+            ratio = statistics.median(ratios)
+            cells += [f"{statistics.median(values[which]):.1f}", f"{ratio:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"]
             if values is rates:
                 shares[which] = ratio
         lines.append(f"| {' | '.join(cells)} |")
