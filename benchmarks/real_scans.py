@@ -3,6 +3,7 @@
     python benchmarks/real_scans.py roads --data DIR --out DIR    five folders through index, prepare and pretrain
     python benchmarks/real_scans.py cxr   --data DIR --out DIR    chest X-rays: own pretraining, ImageNet, random
     python benchmarks/real_scans.py hippocampus --data DIR --out DIR    few labelled volumes, segmented
+    python benchmarks/real_scans.py methods --data DIR --out DIR    the same after each method of pretraining
 
 ``--data`` holds hippocampus, mr_brain_dicom, ct_abdomen_dicom, ct_body and cxr_pediatric; ``--out`` must be new or hold
 an interrupted run of the same command. Results are printed, and stand in ``--out`` with every picture.
@@ -36,6 +37,25 @@ CXR_RUNS = {
 """14 and 4 minutes on one core."""
 
 HIPPOCAMPUS = {**CXR, "encoder.name": "efficientnet-lite0", "init": "imagenet", "epochs": 10, "optim.lr": 0.03}
+
+METHODS = {
+    "views.size_px": 64, "views.crop_area": [0.5, 1.0], "views.strength": 0.5, "views.cutout": 0.0, "batch": 64,
+    "data.split": "train", "encoder.width": 0.25, "encoder.stem": "medium", "precision": "bfloat16", "epochs": 20,
+    "optim.name": "adamw", "optim.lr": 0.002, "optim.lr_scaling": "none",
+}  # fmt: skip
+"""Of all methods alike: the crops are small already, so views show at least half of one."""
+
+METHOD_RUNS = {
+    "simclr": ("mr", {}),
+    "positional": ("positional", {}),
+    "dense": ("dense", {}),
+    "masked": ("masked", {}),
+    "positional-dense": (
+        "dense",
+        {"epochs": 10, "dense.global_weight": 1.0, "dense.global_positives": "position", "init": "positional"},
+    ),
+}
+"""Run -> settings file, and what differs; init names a run before it. 4 to 14 minutes each on one core."""
 
 
 def public_key(out: Path) -> Path:
@@ -90,15 +110,31 @@ def cxr(data: Path, out: Path) -> None:
     compared("cxr_finetune", out)
 
 
-def hippocampus(data: Path, out: Path) -> None:
-    """Anterior and posterior hippocampus with few labelled volumes."""
+def hippocampus_store(data: Path, out: Path) -> Path:
+    """Slices with masks of 180 volumes, 91 to train and 89 to test."""
     root, manifest, split = data / "hippocampus", out / "hippocampus.csv", "train=0.55,test=0.45"
     masks, key, store = root / "labels", public_key(out), out / "stores" / "hippocampus"
     print(medclr.index([root / "images"], manifest, masks=masks, modality="MR", split=split, key_file=key))
     print(medclr.prepare(manifest, store, size_px=64, workers=2, key_file=key))
-    run = out / "runs" / "hippocampus-imagenet-simclr"
+    return store
+
+
+def hippocampus(data: Path, out: Path) -> None:
+    """Anterior and posterior hippocampus with few labelled volumes."""
+    store, run = hippocampus_store(data, out), out / "runs" / "hippocampus-imagenet-simclr"
     print(medclr.pretrain(store, run, config=CONFIGS / "pretrain" / "mr.yaml", settings=HIPPOCAMPUS))
     compared("hippocampus", out)
+
+
+def methods(data: Path, out: Path) -> None:
+    """The same volumes after each method of pretraining, in one small network."""
+    store, runs = hippocampus_store(data, out), out / "runs"
+    for name, (config, settings) in METHOD_RUNS.items():
+        if "init" in settings:
+            settings = {**settings, "init": runs / f"hippocampus-{settings['init']}"}
+        file = CONFIGS / "pretrain" / f"{config}.yaml"
+        print(medclr.pretrain(store, runs / f"hippocampus-{name}", config=file, settings=METHODS | settings))
+    compared("hippocampus_methods", out)
 
 
 def compared(name: str, out: Path) -> None:
@@ -108,9 +144,10 @@ def compared(name: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    parts = {"roads": roads, "cxr": cxr, "hippocampus": hippocampus, "methods": methods}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["roads", "cxr", "hippocampus"])
+    parser.add_argument("part", choices=list(parts))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
-    {"roads": roads, "cxr": cxr, "hippocampus": hippocampus}[chosen.part](chosen.data.resolve(), chosen.out.resolve())
+    parts[chosen.part](chosen.data.resolve(), chosen.out.resolve())
