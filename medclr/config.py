@@ -23,7 +23,7 @@ class EncoderConfig:
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet-lite0"] = "resnet18"
     """ResNet-18 and 34 have 512 features, the others 2048, times width; efficientnet-lite0 (extra: imagenet) 1280."""
 
-    width: float = 1
+    width: float = 1.0
     """Multiplies the channels of every layer of a ResNet: 2 is the "2x" of SimCLR, 0.25 is for small images and few
     cores."""
 
