@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phantom, "SCANNERS", tuple(thin))
     module = importlib.import_module("medclr.demo")
     monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | SMALL)
-    monkeypatch.setattr(module, "FEW", {"steps": 2, "batch": 4, "device": "cpu"})
+    monkeypatch.setattr(module, "FEW", module.FEW | {"steps": 2, "batch": 4, "device": "cpu"})
     monkeypatch.setattr(privacy.os, "urandom", lambda count: b"\0" * count)
 
 
