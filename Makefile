@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow test-pacs install-orthanc zoo fuzz notebooks lint clean
 
-demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about four minutes, pictures in demo/
+demo: $(STAMP)  ## the whole road on a cohort of phantom patients: about three minutes, pictures in demo/
 	rm -rf demo
 	$(BIN)/medclr demo --out demo
 
