@@ -18,7 +18,7 @@ from medclr.statistics import reliability
 SOFT = "#7b8794"
 """Colour of what is not the point: random weights, lines to compare with."""
 
-GREYS, OTHERS = (SOFT, COLOURS[5], "#b6bec8"), tuple(COLOURS[i] for i in (0, 2, 4, 3, 6, 7))
+GREYS, OTHERS = (SOFT, COLOURS[5], "#b6bec8"), (*(COLOURS[i] for i in (0, 2, 4, 3, 6)), "#d6789c")
 """Of inits: random weights, and what is neither random nor the reference."""
 
 GROUPS = (COLOURS[5], COLOURS[6], COLOURS[4], COLOURS[3])
@@ -88,7 +88,7 @@ def difference_figure(results: Results) -> Figure:
         axis.grid(visible=False, axis="x")
         for index, name in enumerate(others):
             rows = results.of(protocol, metric, name)
-            x = np.arange(len(rows)) + 0.16 * (index - (len(others) - 1) / 2)  # [b]
+            x = np.arange(len(rows)) + min(0.16, 0.7 / len(others)) * (index - (len(others) - 1) / 2)  # [b]
             for at, row in zip(x, rows, strict=True):
                 axis.plot([at, at], [row.difference_cautious_low, row.difference_cautious_high],
                           color=colour[name], linewidth=1.1, alpha=0.7)  # fmt: skip
