@@ -55,7 +55,7 @@ METHOD_RUNS = {
         {"epochs": 10, "dense.global_weight": 1.0, "dense.global_positives": "position", "init": "positional"},
     ),
 }
-"""Run -> settings file, and what differs; init names a run before it. 4 to 14 minutes each on one core."""
+"""Run -> settings file, and what differs; init names a run before it. 4 to 24 minutes each on a shared core."""
 
 
 def public_key(out: Path) -> Path:

@@ -118,7 +118,7 @@ def check(plan: CompareConfig) -> dict[str, int]:
                     task.check(scans_of(task, store, cases.train), f"the cases of budget {budget}, seed {seed},")
             start, size = plan.inits[plan.first_of(name)].encoder, wish.settings.size_px
             encoder, _ = start_encoder(start, wish.settings.network, size, store.info.size_px, seed=0)
-            taught = learnt_from(read_distill(student_words(plan, name)), store) if init.teacher else frozenset()
+            taught = learnt_from(read_distill(student_words(plan, name)), store) if init.teacher else ()
         except MedclrError as error:
             raise MedclrError(f"inits.{name}: {error}") from None
         scans = [store.scans[int(i)] for i in task.scans]
@@ -130,9 +130,10 @@ def check(plan: CompareConfig) -> dict[str, int]:
                 f"inits.{name}: its store has other labelled scans or test patients than that of {first[0]}, so they "
                 "cannot be paired; prepare both stores from the same manifest"
             )
-        seen = (encoder.seen_patients | taught) & set(cases.test)
+        seen = (encoder.seen_patients | {store.scans[int(i)].patient_id for i in taught}) & set(cases.test)
         if not plan.transductive:
-            what = f"the pretraining of {name} and the test set (transductive: true goes on, and stamps every figure)"
+            step = "distillation" if init.teacher else "pretraining"
+            what = f"the {step} of {name} and the test set (transductive: true goes on, and stamps every figure)"
             refuse_overlap(seen, cases.test, what)
         stamps[name] = len(seen)
     return stamps

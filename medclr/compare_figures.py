@@ -120,9 +120,7 @@ def scatter_figure(results: Results, protocol: str, budgets: Sequence[str]) -> F
         budget, name = budgets[place // len(others)], others[place % len(others)]
         across, groups = per_patient(results.outcomes[protocol, plan.referred, budget])
         up, _ = per_patient(results.outcomes[protocol, name, budget])
-        palette = dict(
-            zip(sorted(set(groups.values())), (COLOURS[5], COLOURS[6], COLOURS[4], COLOURS[3]) * 9, strict=False)
-        )
+        palette = dict(zip(sorted(set(groups.values())), GROUPS * 9, strict=False))
         patients = sorted(across)
         size = float(np.clip(1500 / len(patients), 8, 30))
         x, y = np.array([across[p] for p in patients]), np.array([up[p] for p in patients])

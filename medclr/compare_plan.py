@@ -4,6 +4,7 @@ DIR/config.yaml                                         settings, and which weig
 DIR/cells/PROTOCOL/INIT/BUDGET/SEED/predictions.csv     what that model said of the test patients (medclr.outcomes)
 DIR/cells/PROTOCOL/INIT/BUDGET/SEED/cases.csv           which patients it was given
 DIR/cells/PROTOCOL/INIT/BUDGET/SEED/cell.json           how long it took; written last
+DIR/cells/PROTOCOL/INIT/BUDGET/SEED/model/              its weights: of teachers, and of all with keep_models
 DIR/features/                                           features of the probe, one file for all cells of an init
 DIR/results.csv, DIR/report.html, DIR/figures/          what came of it
 """

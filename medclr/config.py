@@ -501,7 +501,8 @@ def _check_keys(path: Path, known: set[str]) -> None:
     given = read_yaml(path)
     for key, _ in flatten(given):
         group = key.split(".")[0]
-        if key not in known and group == given.get("method"):  # and another method is asked for by option
+        is_lost = not any(name.startswith(f"{group}.") for name in known)
+        if is_lost and group == given.get("method"):  # another method is asked for by an option
             raise MedclrError(
                 f"{path}: its settings are those of method {group}; take the file of the other method, such as "
                 f"configs/pretrain/dense.yaml for dense, or delete its lines below {group!r}"

@@ -287,15 +287,11 @@ def read_wish(arguments: Sequence[str]) -> Wish:
     return Wish(**asked, settings=settings)
 
 
-def learnt_from(wish: Wish, store: Store) -> frozenset[str]:
-    """The patients whose slices of ``store`` the student would see."""
-    scans = np.unique(store.column("scan")[store.indices(_split(wish, store))])
-    return frozenset(store.scans[int(i)].patient_id for i in scans)
-
-
-def _split(wish: Wish, store: Store) -> str:
+def learnt_from(wish: Wish, store: Store) -> Ints:
+    """The scans of ``store`` whose slices the student would see."""
     has_train = any(scan.split == "train" for scan in store.scans)
-    return wish.split if wish.split is not None else "train" if has_train else ""
+    split = wish.split if wish.split is not None else "train" if has_train else ""
+    return np.unique(store.column("scan")[store.indices(split)]).astype(np.int64)
 
 
 def train_student(wish: Wish) -> DistillSummary:
@@ -306,8 +302,8 @@ def train_student(wish: Wish) -> DistillSummary:
     keep_freed_memory()
     teacher = trained.model.requires_grad_(False)
     put_on(teacher, device)
-    scans = np.unique(store.column("scan")[store.indices(_split(wish, store))]).astype(np.int64)
-    patients = learnt_from(wish, store)
+    scans = learnt_from(wish, store)
+    patients = {store.scans[int(i)].patient_id for i in scans}
     model, match = _student(wish, trained, store)
     stamp = refuse_seen(
         patients | trained.patients | model.encoder.seen_patients,

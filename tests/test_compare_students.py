@@ -100,7 +100,7 @@ def test_what_would_stop_a_student_stops_before_the_first_cell(image_store: Path
     for settings, sentence in (
         ({"temprature": 2}, "inits.distilled: unknown setting --temprature; the nearest"),
         ({"confidence": 2}, "inits.distilled: confidence: 2"),
-        ({"split": ""}, "patients are in both the pretraining of distilled and the test set"),
+        ({"split": ""}, "patients are in both the distillation of distilled and the test set"),
     ):
         student = InitConfig("same", teacher="random", settings=settings)
         plan = plan_of(image_store, inits={"random": INITS["random"], "distilled": student})

@@ -19,6 +19,7 @@ from medclr.config import (
     to_yaml,
 )
 from medclr.errors import MedclrError
+from medclr.pretrain import pretrain
 
 
 def settings(*words: str):
@@ -153,7 +154,14 @@ def test_every_shipped_file_is_complete_and_valid(path):
     assert not differences(read_yaml(path), resolved)  # complete: it leaves nothing to a default
 
 
-def test_a_file_for_one_method_with_another_asked_for_says_so() -> None:
+def test_a_mistyped_setting_of_the_method_of_a_file_is_not_taken_for_another_method(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: simclr\nsimclr:\n  temprature: 0.2\n")
+    with pytest.raises(MedclrError, match=r"a\.yaml: unknown setting 'simclr\.temprature'.*'simclr\.temperature'"):
+        pretrain(tmp_path / "store", tmp_path / "run", config=tmp_path / "a.yaml")
+
+
+def test_a_file_for_one_method_with_another_asked_for_says_so(tmp_path: Path) -> None:
     file = Path(__file__).parent.parent / "configs" / "pretrain" / "mr.yaml"
     with pytest.raises(MedclrError, match=r"mr\.yaml: its settings are those of method simclr; take the file of the o"):
-        settings("--config", str(file), "--method", "dense")
+        pretrain(tmp_path / "store", tmp_path / "run", config=file, settings={"method": "dense"})
+    assert not (tmp_path / "run").exists()
