@@ -1,6 +1,7 @@
 """Comparisons in which one model teaches another: what distillation adds, on the same patients."""
 
 import csv
+import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import tiny
 
 import medclr
-from medclr.compare import check, run_comparison
+from medclr.compare import check, compute, run_comparison
 from medclr.compare_plan import CompareConfig, InitConfig, read_config
 from medclr.errors import MedclrError
 
@@ -109,3 +110,19 @@ def test_what_would_stop_a_student_stops_before_the_first_cell(image_store: Path
         assert sentence in str(error.value)
     assert not (tmp_path / "c").exists()
     assert check(replace(plan, transductive=True))["distilled"] > 0
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_no_student_comes_before_its_teacher(image_store: Path, tmp_path: Path, monkeypatch: Any, jobs: int) -> None:
+    """Side by side, cells of one call may come in any order: those of a teacher must be in a call before."""
+    calls: list[list[str]] = []
+
+    def noted(plan: CompareConfig, out: Path, run: Any, cells: Any, *number: int) -> Any:
+        calls.append([cell.init for cell in cells])
+        yield from ((cell, 0.0) for cell in cells)
+
+    for name in ("_alone", "_shared"):
+        monkeypatch.setattr(importlib.import_module("medclr.compare"), name, noted)
+    compute(plan_of(image_store, seeds=2, jobs=jobs), tmp_path, run=lambda plan, cell, out: 0.0)
+    in_turn, waves = [["random", "distilled"] * 2], [["random"] * 2, ["distilled"] * 2]
+    assert calls == (in_turn if jobs == 1 else waves)
