@@ -77,15 +77,20 @@ class FinetuneSummary:
     seconds: float
     stamp: str
     """'' or that the encoder was pretrained on some of the test patients."""
+    nowhere: tuple[str, ...] = ()
+    """Classes that were found in no test scan."""
 
     def __str__(self) -> str:
         n = self.cases
         held = f", {len(n.validation)} to validate" if n.validation else ""
         stamp = f" ({self.stamp})" if self.stamp else ""
         title = f"{len(n.train)} training cases{held}, {len(n.test)} test patients{stamp}"
+        lines = [f"{title} (95 % interval over patients)"]
+        lines += [f"  {name:<24}{s.mean:8.3f}  [{s.low:.3f}, {s.high:.3f}]" for name, s in self.scores.items()]
+        if self.nowhere:
+            lines.append(f"found nowhere: {', '.join(self.nowhere)}; give it more steps, or a higher lr")
         took = f"{self.out}: {self.steps} steps in {duration(self.seconds)}"
-        scores = "\n".join(f"  {name:<24}{s.mean:8.3f}  [{s.low:.3f}, {s.high:.3f}]" for name, s in self.scores.items())
-        return f"{title} (95 % interval over patients)\n{scores}\n{took}; the model is in {self.out / 'model'}"
+        return "\n".join([*lines, f"{took}; the model is in {self.out / 'model'}"])
 
 
 @dataclass(frozen=True)
@@ -402,7 +407,7 @@ def _finish(wish: Wish, task: Task, cases: Cases, test: Ints, state: State, stam
     rows = read_metrics(out)
     figures.curves(out / "figures" / "curves.png", rows, CURVES, stamp)
     task.draw(model, outcome, out / "figures", stamp)
-    return FinetuneSummary(out, scores, cases, state.step, state.seconds, stamp)
+    return FinetuneSummary(out, scores, cases, state.step, state.seconds, stamp, outcome.nowhere())
 
 
 def copy_cases(out: Path, manifests: Path) -> None:

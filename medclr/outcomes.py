@@ -52,6 +52,10 @@ class Outcome:
         """The columns of predictions.csv beside scan_id and patient_id."""
         raise NotImplementedError
 
+    def nowhere(self) -> tuple[str, ...]:
+        """Classes that some scan shows or the model names, and that model and truth agree on in none."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Classified(Outcome):
@@ -119,6 +123,12 @@ class Segmented(Outcome):
         total = w.sum(1)  # [w]
         mean: Floats = np.divide(w @ row[has], total, out=np.full(len(weights), np.nan), where=total > 0)
         return mean
+
+    def nowhere(self) -> tuple[str, ...]:
+        """Classes whose Dice is 0 in every scan that has one."""
+        has = ~np.isnan(self.dice)  # [r,K]
+        missed = has.any(0) & (np.where(has, self.dice, 0) == 0).all(0)  # [K]
+        return tuple(name for name, is_missed in zip(self.classes, missed, strict=True) if is_missed)
 
     def rows(self, metric: str) -> Floats:
         """What each scan contributes to a metric [r]; NaN where it has no value."""

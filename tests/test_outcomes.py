@@ -108,6 +108,13 @@ def test_names_of_classes_do_not_confuse_the_metrics():
     assert [outcome.score(f"HD95 mm {name}") for name in names] == pytest.approx([1, 2, 3])
 
 
+def test_a_class_that_is_found_in_no_scan_is_named():
+    assert segmented().nowhere() == classified().nowhere() == ()
+    dice = np.array([[0.0, 0.0, math.nan], [0.0, 0.1, math.nan], [math.nan, 0.0, math.nan]])
+    outcome = Segmented(list("abc"), list("abc"), ("head", "tail", "absent"), dice, dice)
+    assert outcome.nowhere() == ("head",)
+
+
 @pytest.mark.parametrize("outcome", [classified(), several(), segmented()], ids=["one", "several", "segmented"])
 def test_predictions_survive_the_round_trip(outcome, tmp_path):
     write_outcome(tmp_path / "predictions.csv", outcome)
