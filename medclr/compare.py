@@ -110,8 +110,6 @@ def check(plan: CompareConfig) -> dict[str, int]:
             store, task = opened(plan, name)
             if "probe" in plan.protocols and getattr(wish.own, "multi_label", False):
                 raise MedclrError("a probe cannot tell several labels a scan; take protocol finetune alone")
-            if "probe" in plan.protocols and wish.settings.network.slices > 1:
-                raise MedclrError("a probe sees each slice alone; set network.slices to 1, or take finetune alone")
             for budget in plan.budgets:
                 for seed in range(plan.seeds):
                     cases = choose_cases(store, task.strata, str(budget), seed=seed, test_share=plan.test_share)

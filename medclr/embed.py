@@ -111,7 +111,7 @@ def extract(model: Frozen, store: Store, indices: NDArray[np.int64], batch: int 
     parts = []
     with torch.inference_mode(), progress("embed", len(indices), "slices") as advance:
         for start in range(0, len(indices), batch):
-            piece = load_batch(store, indices[start : start + batch]).to(device)
+            piece = load_batch(store, indices[start : start + batch], model.config.slices).to(device)
             parts.append(model(plain_view(piece, model.size_px)).float().cpu())  # [b,F]
             advance(len(piece.index))
     return torch.cat(parts).numpy()

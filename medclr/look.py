@@ -53,8 +53,8 @@ def look(
             stop.check()
             if not group.is_first:
                 continue
-            batch = load_batch(store, part)
-            x = plain_view(batch.to(device), settings.views.size_px).to(dtype)  # [b,1,s,s]
+            batch = load_batch(store, part, settings.encoder.slices)
+            x = plain_view(batch.to(device), settings.views.size_px).to(dtype)  # [b,C,s,s]
             f, z = method.embed(x)  # [b,F], [b,K]
             features.append(f)
             embeddings.append(z)

@@ -208,6 +208,7 @@ def train(request: Request, started: float, enough: Enough | None = None) -> Run
                 plan.pieces,
                 settings.data.slices_per_scan,
                 window_bytes,
+                settings.encoder.slices,
                 pinned=device.type == "cuda",
             )
             check(request.track)
@@ -285,7 +286,9 @@ def _loop(
             raise
         state.skipped += result.is_lost
         if state.skipped > settings.skip_nonfinite:
-            raise MedclrError(_not_finite(result, state.step, store, draws, plan, group, device, out))
+            raise MedclrError(
+                _not_finite(result, state.step, store, settings.encoder.slices, draws, plan, group, device, out)
+            )
         state.step += 1
         row = {"loss": result.loss, "grad_norm": result.grad_norm, **result.logs}
         row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON knows no NaN
@@ -394,6 +397,7 @@ def _not_finite(
     result: Result,
     step: int,
     store: Store,
+    slices: int,
     draws: Draws,
     plan: Plan,
     group: Group,
@@ -405,7 +409,7 @@ def _not_finite(
     rows = group.all_gather(torch.from_numpy(plan.rows).to(device)).cpu()  # [B], their rows of the global batch
     blamed = []
     for piece in torch.arange(len(index)).split(256):
-        batch = load_batch(store, index[piece].numpy())
+        batch = load_batch(store, index[piece].numpy(), slices)
         is_bad = torch.zeros(len(piece), dtype=torch.bool)
         for view in (0, 1):
             is_bad |= ~draws.view(batch, view, rows[piece]).isfinite().flatten(1).all(1)

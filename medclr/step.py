@@ -257,7 +257,9 @@ class Step:
         return loss.detach(), logs, facts
 
     def _inputs(self, batch: Batch, draws: Draws, rows: Rows, views: tuple[int, ...]) -> list[Tensor]:
-        """Views [len(views) * m,1,s,s] of a piece that holds the ``rows`` of this process, and what the method adds."""
+        """Views [len(views) * m,n,s,s] of a piece that holds the ``rows`` of this process, and what the method adds;
+        n neighbouring slices are the channels.
+        """
         self._clock.to("views")
         here = torch.from_numpy(self._plan.rows[rows])  # [m], rows of the global batch
         made = [draws.view(batch, view, here, self._device) for view in views]

@@ -93,6 +93,17 @@ def test_views_follow_from_seed_step_and_row_alone(names: tuple[str, ...]) -> No
     assert "RandGaussianNoise" in describe(whole, 0, 3)
 
 
+@pytest.mark.parametrize("names", [("MR",), ("CT", "XR")])
+def test_neighbouring_slices_are_seen_as_each_would_be_alone(names: tuple[str, ...]) -> None:
+    batch, config = a_batch(names), replace(views_config(), chain=None)
+    several = replace(batch, images=torch.cat([batch.images.roll(by, 0) for by in range(3)], dim=1))  # [B,3,S,S]
+    views = two_views(several, config, seed=1, step=5)
+    for channel in range(3):
+        alone = two_views(replace(batch, images=several.images[:, channel : channel + 1]), config, seed=1, step=5)
+        assert torch.equal(views.a[:, channel : channel + 1], alone.a)
+        assert torch.equal(views.b[:, channel : channel + 1], alone.b)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_processes_gives_the_same_views(processes: pytest.MonkeyPatch, count: int) -> None:
     batch, config = a_batch(("MR", "US"), size_px=96), replace(views_config(*MIXED), size_px=67)

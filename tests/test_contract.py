@@ -28,11 +28,12 @@ from tiny import Tiny, in_place_of, used
 
 import medclr
 from medclr import checkpoint, methods, scans, tasks
-from medclr.augment.views import Draws, two_views
+from medclr.augment.views import Draws, plain_view, two_views
 from medclr.config import EncoderConfig, ViewsConfig, to_plain, to_yaml
 from medclr.data.loader import load_batch
 from medclr.data.prepare import prepare
 from medclr.data.store import Store
+from medclr.embed import extract
 from medclr.errors import MedclrError, ScanError
 from medclr.finetune import read_wish
 from medclr.methods import PretrainingMethod
@@ -136,6 +137,15 @@ class TestMethod:
         module.Method(module.Config(), encoder).load_state_dict(checkpoint.load(newest)["method"])
         for tensor, exported in zip(encoder.parameters(), medclr.load_encoder(out).parameters(), strict=True):
             assert torch.equal(tensor, exported)
+
+    def test_learns_from_neighbouring_slices_as_channels(self, name: str, labelled_store: Path, tmp_path: Path) -> None:
+        settings = {**SMALL, "method": name, "encoder.slices": 3, "encoder.width": 0.25}
+        medclr.pretrain(labelled_store, tmp_path / "run", settings=settings)
+        encoder, store = medclr.load_encoder(tmp_path / "run"), Store(labelled_store)
+        assert encoder.conv1.weight[:, [0, 2]].abs().sum() > 0
+        x = plain_view(load_batch(store, store.indices(), 3), 16)  # [N,3,16,16]
+        with torch.inference_mode():
+            torch.testing.assert_close(extract(encoder.eval(), store, store.indices()), encoder(x).numpy())
 
 
 NEW_METHOD = '''

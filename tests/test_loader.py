@@ -103,6 +103,12 @@ def test_processes_together_take_the_batch_of_one(store, world_size, slices_per_
             assert_same(part, whole.select(slice(rank * b, (rank + 1) * b)))
 
 
+def test_batches_hold_the_neighbours_that_load_batch_reads(store):
+    for batch in Loader(store, store.indices(), 8, 0, slices=3).epoch(0):
+        assert batch.images.shape[1] == 3
+        assert_same(batch, load_batch(store, batch.index, 3))
+
+
 def test_resuming_equals_going_on(store):
     loader = Loader(store, store.indices(), 8, 0, slices_per_scan=5)
     batches = list(loader.epoch(1))

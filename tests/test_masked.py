@@ -9,7 +9,7 @@ from tiny import Tiny
 from torch import Tensor, nn
 
 from medclr.augment.views import Draws
-from medclr.config import ViewsConfig
+from medclr.config import EncoderConfig, ViewsConfig
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.methods.masked import Config, Method
@@ -82,6 +82,29 @@ def test_the_error_is_that_of_the_hidden_pixels(way: dict[str, Any]) -> None:
         assert out[n, 0].item() == pytest.approx(sum(errors) / len(errors) if way else squared)
         assert out[n, 1].item() == pytest.approx(squared)
         assert out[n, 2].item() == pytest.approx(sum((value - mean) ** 2 for value in hidden) / len(hidden))
+
+
+@ways
+def test_what_is_hidden_is_hidden_in_all_slices(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    method = Method(Config(patch_px=6, width=4, **way), Tiny(EncoderConfig(slices=3))).double().eval()
+    (x, _), ((mask, *fill), _) = views(method)
+    x = x.expand(-1, 3, -1, -1) * torch.tensor([0.5, 1.0, 0.8], dtype=torch.float64)[:, None, None]
+    hidden = mask.repeat_interleave(6, 2).repeat_interleave(6, 3)[:, :, :SIDE, :SIDE].bool()  # [N,1,S,S]
+    other = torch.where(hidden, torch.rand_like(x), x)
+    pyramid = method.encoder.pyramid
+    seen: list[Tensor] = []
+
+    def spy(image: Tensor) -> list[Tensor]:
+        seen.append(image)
+        return pyramid(image)
+
+    monkeypatch.setattr(method.encoder, "pyramid", spy)
+    out, changed = method(x, mask, *fill), method(other, mask, *fill)  # [N,3] each
+    assert torch.equal(seen[0], seen[1]), "no hidden pixel of any slice reaches the network"
+    assert (out[:, 0] != changed[:, 0]).all()
+    variance = [x[n, c][hidden[n, 0]].var(correction=0) for n in range(N) for c in range(3)]
+    torch.testing.assert_close(out[:, 2], torch.stack(variance).view(N, 3).mean(1))
 
 
 def test_restoring_the_mean_leaves_everything_unexplained() -> None:

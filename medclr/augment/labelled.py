@@ -36,8 +36,7 @@ def training_views(
     rows = torch.arange(len(batch))
     drawn = Draws(config, len(batch), seed=seed, step=step).drawn(batch, 0, rows)
     with torch.autocast(batch.images.device.type, enabled=False):  # physical values need float32
-        views = torch.cat([replay(channel, drawn) for channel in batch.images.float().split(1, dim=1)], dim=1)
-        return views, None if masks is None else mask_views(masks, drawn, classes)
+        return replay(batch.images.float(), drawn), None if masks is None else mask_views(masks, drawn, classes)
 
 
 def mask_views(masks: Tensor, drawn: tuple[Drawn, ...], classes: int) -> Tensor:

@@ -75,10 +75,10 @@ class Views:
     """Two views of every image, all values in [0,1]."""
 
     a: Tensor
-    """[B,1,s,s] float32."""
+    """[B,C,s,s] float32."""
 
     b: Tensor
-    """[B,1,s,s] float32."""
+    """[B,C,s,s] float32."""
 
     drawn: tuple[tuple[Drawn, ...], tuple[Drawn, ...]]
     """For view a and for view b: one entry a modality of the batch."""
@@ -140,7 +140,7 @@ class Draws:
         return tuple(drawn)
 
     def view(self, batch: "Batch", view: int, rows: Tensor, device: torch.device | str | None = None) -> Tensor:
-        """View 0 (a) or 1 (b) of ``batch``, which holds the ``rows`` [B] of the global batch: [B,1,s,s] in [0,1].
+        """View 0 (a) or 1 (b) of ``batch``, which holds the ``rows`` [B] of the global batch: [B,C,s,s] in [0,1].
 
         Made on ``device``; None: where the images are. With the batch on the CPU and a GPU here, only the pixels
         travel, and the GPU is never waited for.
@@ -151,7 +151,9 @@ class Draws:
 
 
 def replay(images: Tensor, drawn: tuple[Drawn, ...]) -> Tensor:
-    """One view of images [B,1,H,W] in physical units by recorded parameters: [B,1,s,s] in [0,1]."""
+    """One view of images [B,C,H,W] in physical units by recorded parameters, the same for all channels: [B,C,s,s]."""
+    if images.shape[1] > 1:
+        return torch.cat([replay(channel, drawn) for channel in images.split(1, dim=1)], dim=1)
     if len(drawn) == 1:
         return run(drawn[0].chain, images, drawn[0].params)
     views: Tensor | None = None
@@ -178,7 +180,7 @@ def two_views(
     """Two random views of every image, a function of (seed, step, row of the global batch) and of nothing else.
 
     Args:
-        batch: this process's part of the global batch; images [B,1,H,W] in physical units.
+        batch: this process's part of the global batch; images [B,C,H,W] in physical units.
         config: sizes and strengths.
         seed: of the run.
         step: of the run; every step has new views.
@@ -213,7 +215,7 @@ def describe(views: Views, view: int, i: int) -> str:
 
 
 def plain_view(batch: "Batch", size_px: int) -> Tensor:
-    """Every image as a viewer shows it, for evaluation: [B,1,s,s] in [0,1], nothing random.
+    """Every image as a viewer shows it, for evaluation: [B,C,s,s] in [0,1], nothing random.
 
     The whole image is resized (antialiased) in physical values, then the modality's display window, or the scan's
     robust range, becomes [0,1].

@@ -158,6 +158,7 @@ class Loader:
         slices_per_scan: an epoch takes at most so many slices of each scan, drawn anew for each epoch; None: all.
         window_bytes: the slices are shuffled within whole shards of so many bytes together, which should fit in memory
             twice; None: all of them at once.
+        slices: C, neighbouring slices as channels of each image.
         pinned: keep the pixels where a GPU can fetch them by itself, without anyone waiting; needs a GPU.
 
     Raises:
@@ -174,6 +175,7 @@ class Loader:
         pieces: Sequence[NDArray[np.int64]] | None = None,
         slices_per_scan: int | None = None,
         window_bytes: int | None = None,
+        slices: int = 1,
         *,
         pinned: bool = False,
     ) -> None:
@@ -182,6 +184,7 @@ class Loader:
         self.batch_size = batch_size
         self.seed = seed
         self.slices_per_scan = slices_per_scan
+        self._channels = slices
         if slices_per_scan is not None and slices_per_scan < 1:
             raise MedclrError(f"data.slices_per_scan {slices_per_scan} must be at least 1, or null for all")
         self._window_bytes = window_bytes
@@ -282,7 +285,7 @@ class Loader:
     def _read(self, indices: NDArray[np.int64], ready: "Future[None] | None") -> Batch:
         if ready is not None:
             ready.result()
-        batch = load_batch(self.store, indices)
+        batch = load_batch(self.store, indices, self._channels)
         return replace(batch, images=batch.images.pin_memory()) if self._pinned else batch
 
 

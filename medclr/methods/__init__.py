@@ -2,7 +2,8 @@
 
 A new file here is a new method: ``Method`` derives from ``PretrainingMethod``, which says what the loop asks of it.
 
-Letters: B images, m of them in a chunk, F features of the encoder, K components of the embedding, S the image side.
+Letters: B images, m of them in a chunk, F features of the encoder, K components of the embedding, S the image side, C
+neighbouring slices as channels.
 """
 
 import importlib
@@ -32,7 +33,7 @@ class PretrainingMethod(nn.Module):
     encoder: nn.Module
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B,1,S,S] -> features [B,F], and the embeddings [B,K] in which the loss is taken, for the monitor.
+        """Images [B,C,S,S] -> features [B,F], and the embeddings [B,K] in which the loss is taken, for the monitor.
 
         A method that embeds several places of an image has as many rows for each image.
         """
@@ -57,7 +58,7 @@ class PretrainingMethod(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """Images [B,1,S,S], and their ``inputs`` -> embeddings [B,K]."""
+        """Images [B,C,S,S], and their ``inputs`` -> embeddings [B,K]."""
         return self.embed(x)[1]
 
     def loss(
@@ -68,7 +69,7 @@ class PretrainingMethod(nn.Module):
         group: Group | None = None,
         inputs: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ()),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two views [B,1,S,S] of one batch, and the ``inputs`` of each -> as ``objective``.
+        """Two views [B,C,S,S] of one batch, and the ``inputs`` of each -> as ``objective``.
 
         Both go through the network in one pass, as in the reference, so that the batch-norm statistics are those of all
         2B views.

@@ -4,8 +4,8 @@ The local loss of Chaitanya et al. (arXiv 2006.10511, section 3.2), perhaps toge
 views have recorded what was drawn for them, so that corresponding points are known exactly. Encoder and decoder are
 trained together; or one after the other, with ``init`` and ``frozen``.
 
-Letters: B images, m of them in a chunk, F features of the encoder, S the image side, P points of an image, E components
-of a point's embedding, G of an image's; K = P * (E + 3) + G.
+Letters: B images, m of them in a chunk, F features of the encoder, S the image side, C neighbouring slices as
+channels, P points of an image, E components of a point's embedding, G of an image's; K = P * (E + 3) + G.
 """
 
 from dataclasses import dataclass
@@ -144,14 +144,14 @@ class Method(PretrainingMethod):
         return (torch.cat([points.at[view], points.source, points.exists[:, :, None]], 2).float(),)
 
     def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """Images [m,1,S,S] and points [m,P,5] -> [m,K]: of each point its embedding, (x, y) and 1; then the image's."""
+        """Images [m,C,S,S] and points [m,P,5] -> [m,K]: of each point its embedding, (x, y) and 1; then the image's."""
         (points,) = inputs
         features, local = self._local(x, points[:, :, :2])
         out = torch.cat([local, points[:, :, 2:].to(local.dtype)], 2).flatten(1)  # [m,P*(E+3)]
         return out if self.head is None else torch.cat([out, self.head(features).to(out.dtype)], 1)
 
     def _local(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [m,1,S,S] and (u, v) of points [m,P,2] -> features [m,F], and embeddings of the points [m,P,E]."""
+        """Images [m,C,S,S] and (u, v) of points [m,P,2] -> features [m,F], and embeddings of the points [m,P,E]."""
         maps = self.encoder.pyramid(x)
         dense = self.decoder.features(x, maps)  # [m,C,h,w]
         sampled = F.grid_sample(dense.to(at.dtype), at[:, :, None], padding_mode="border", align_corners=False)
@@ -160,7 +160,7 @@ class Method(PretrainingMethod):
         return maps[-1].mean((2, 3)), local.to(at.dtype).view(*at.shape[:2], -1)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B,1,S,S] -> features [B,F]; embeddings of four points of each [4B,E], or its own [B,G] if learnt."""
+        """Images [B,C,S,S] -> features [B,F]; embeddings of four points of each [4B,E], or its own [B,G] if learnt."""
         at = x.new_tensor(LOOKED_AT).expand(len(x), -1, -1)  # [B,4,2]
         features, local = self._local(x, at)
         return features, local.flatten(0, 1) if self.head is None else self.head(features)

@@ -3,7 +3,8 @@
 As SimMIM (Xie et al., arXiv 2111.09886) for a network of convolutions: hidden patches are filled, the loss is taken on
 them alone.
 
-Letters: B images, m of them in a chunk, F features of the encoder, S the image side, g patches along a side.
+Letters: B images, m of them in a chunk, F features of the encoder, S the image side, C neighbouring slices as
+channels, g patches along a side.
 """
 
 import math
@@ -68,10 +69,10 @@ class Method(PretrainingMethod):
         super().__init__()
         self.config, self.encoder = config, encoder
         self.decoder = UNetDecoder(encoder.channels, encoder.config.slices, 0, config.width)
-        self.output = nn.Conv2d(config.width, 1, kernel_size=1)
+        self.output = nn.Conv2d(config.width, encoder.config.slices, kernel_size=1)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B,1,S,S] -> features [B,F], twice: the loss is not taken in an embedding."""
+        """Images [B,C,S,S] -> features [B,F], twice: the loss is not taken in an embedding."""
         features = self.encoder(x)
         return features, features
 
@@ -93,20 +94,23 @@ class Method(PretrainingMethod):
         return tuple(torch.from_numpy(np.stack(parts)) for parts in (masks, fills) if parts)
 
     def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """Images [m,1,S,S] and their ``inputs`` -> [m,3]: error, squared error and variance of the hidden pixels."""
+        """Images [m,C,S,S] and their ``inputs`` -> [m,3]: error, squared error and variance of the hidden pixels.
+
+        What is hidden is hidden in all C slices: a neighbour would give it away.
+        """
         mask, *fill = inputs
         size = x.shape[2:]
         hidden = mask.repeat_interleave(self.config.patch_px, 2).repeat_interleave(self.config.patch_px, 3)
         hidden = hidden[:, :, : size[0], : size[1]]  # [m,1,S,S]
-        seen = x * (1 - hidden) + (fill[0] * hidden if fill else 0)  # [m,1,S,S]
-        restored = self.output(self.decoder.features(seen, self.encoder.pyramid(seen)))  # [m,1,S,S]
+        seen = x * (1 - hidden) + (fill[0] * hidden if fill else 0)  # [m,C,S,S]
+        restored = self.output(self.decoder.features(seen, self.encoder.pyramid(seen)))  # [m,C,S,S]
         with torch.autocast(x.device.type, enabled=False):  # means over all pixels need float32
             count = hidden.sum((1, 2, 3))  # [m]
-            error = (restored.to(x.dtype) - x) * hidden  # [m,1,S,S]
-            squared = error.square().sum((1, 2, 3)) / count  # [m]
-            loss = squared if self.config.error == "l2" else error.abs().sum((1, 2, 3)) / count  # [m]
-            mean = (x * hidden).sum((1, 2, 3)) / count  # [m]
-            variance = ((x - mean[:, None, None, None]) * hidden).square().sum((1, 2, 3)) / count  # [m]
+            error = (restored.to(x.dtype) - x) * hidden  # [m,C,S,S]
+            squared = error.square().mean(1).sum((1, 2)) / count  # [m]
+            loss = squared if self.config.error == "l2" else error.abs().mean(1).sum((1, 2)) / count  # [m]
+            mean = (x * hidden).sum((2, 3)) / count[:, None]  # [m,C]
+            variance = ((x - mean[:, :, None, None]) * hidden).square().mean(1).sum((1, 2)) / count  # [m]
             return torch.stack([loss, squared.detach(), variance], 1)
 
     def objective(

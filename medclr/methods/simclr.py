@@ -1,6 +1,7 @@
 """SimCLR (Chen et al., arXiv 2002.05709) and the pretraining of SimCLRv2 (arXiv 2006.10029: a 3-layer head).
 
-Letters: B images, F features of the encoder, K components of the embedding, S the image side.
+Letters: B images, F features of the encoder, K components of the embedding, S the image side, C neighbouring slices as
+channels.
 """
 
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Method(PretrainingMethod):
         self.head = ProjectionHead(features, config.head_layers, config.out_features)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B,1,S,S] -> features [B,F] and embedding [B,K]."""
+        """Images [B,C,S,S] -> features [B,F] and embedding [B,K]."""
         features = self.encoder(x)
         return features, self.head(features)
 

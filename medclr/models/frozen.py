@@ -14,8 +14,9 @@ from medclr.models.weights import ResNetName, imagenet
 
 
 class Frozen(Protocol):
-    """Plain views [B,1,s,s] in [0,1] -> features [B,F]; in eval mode, without gradient."""
+    """Plain views [B,C,s,s] in [0,1] -> features [B,F]; in eval mode, without gradient."""
 
+    config: EncoderConfig
     features: int
     size_px: int
     seen_patients: frozenset[str]
