@@ -4,6 +4,7 @@
     python benchmarks/real_scans.py cxr   --data DIR --out DIR    chest X-rays: own pretraining, ImageNet, random
     python benchmarks/real_scans.py hippocampus --data DIR --out DIR    few labelled volumes, segmented
     python benchmarks/real_scans.py methods --data DIR --out DIR    the same after each method of pretraining
+    python benchmarks/real_scans.py cxr_methods --data DIR --out DIR    what those methods give up for whole images
 
 ``--data`` holds hippocampus, mr_brain_dicom, ct_abdomen_dicom, ct_body and cxr_pediatric; ``--out`` must be new or hold
 an interrupted run of the same command. Results are printed, and stand in ``--out`` with every picture.
@@ -39,11 +40,14 @@ CXR_RUNS = {
 HIPPOCAMPUS = {**CXR, "encoder.name": "efficientnet-lite0", "init": "imagenet", "epochs": 10, "optim.lr": 0.03}
 
 METHODS = {
-    "views.size_px": 64, "views.crop_area": [0.5, 1.0], "views.strength": 0.5, "views.cutout": 0.0, "batch": 64,
-    "data.split": "train", "encoder.width": 0.25, "encoder.stem": "medium", "precision": "bfloat16", "epochs": 20,
-    "optim.name": "adamw", "optim.lr": 0.002, "optim.lr_scaling": "none",
+    "views.size_px": 64, "data.split": "train", "encoder.width": 0.25, "encoder.stem": "medium",
+    "precision": "bfloat16", "optim.name": "adamw", "optim.lr": 0.002, "optim.lr_scaling": "none",
 }  # fmt: skip
-"""Of all methods alike: the crops are small already, so views show at least half of one."""
+"""Of all methods alike."""
+
+VOLUMES = {"batch": 64, "epochs": 20, "views.crop_area": [0.5, 1.0], "views.strength": 0.5, "views.cutout": 0.0}
+"""The crops of the hippocampus are small already, so views show at least half of one. Each slice alone, although five
+are seen later: with five, SimCLR learns what helps nobody (docs/experiments.md)."""
 
 METHOD_RUNS = {
     "simclr": ("mr", {}),
@@ -56,6 +60,9 @@ METHOD_RUNS = {
     ),
 }
 """Run -> settings file, and what differs; init names a run before it. 4 to 24 minutes each on a shared core."""
+
+CXR_METHOD_RUNS = {"simclr": "xray", "dense": "dense", "masked": "masked"}
+"""Run -> settings file; an X-ray has no position for positional."""
 
 
 def public_key(out: Path) -> Path:
@@ -97,17 +104,24 @@ def only(root: Path, name: str, folder: Path) -> Path:
 
 def cxr(data: Path, out: Path) -> None:
     """Encoders pretrained on the training patients against ImageNet and random, frozen and fine-tuned."""
-    root = data / "cxr_pediatric"
-    manifest, split = out / "cxr.csv", "train=0.7,test=0.3"
-    labels, key = root / "labels.csv", public_key(out)
-    print(medclr.index([root], manifest, labels=labels, modality="XR", split=split, key_file=key))
-    for size_px, store in ((96, "cxr"), (224, "cxr-224")):
-        print(medclr.prepare(manifest, out / "stores" / store, size_px=size_px, workers=2, key_file=key))
+    cxr_store(data, out)
+    cxr_store(data, out, 224)
     for run, settings in CXR_RUNS.items():
         config = CONFIGS / "pretrain" / "xray.yaml"
         print(medclr.pretrain(out / "stores" / "cxr", out / "runs" / run, config=config, settings=CXR | settings))
     compared("cxr", out)
     compared("cxr_finetune", out)
+
+
+def cxr_store(data: Path, out: Path, size_px: int = 96) -> Path:
+    """Labelled X-rays, 70 % of the patients to train and 30 % to test."""
+    root = data / "cxr_pediatric"
+    manifest, split = out / "cxr.csv", "train=0.7,test=0.3"
+    labels, key = root / "labels.csv", public_key(out)
+    store = out / "stores" / ("cxr" if size_px == 96 else f"cxr-{size_px}")
+    print(medclr.index([root], manifest, labels=labels, modality="XR", split=split, key_file=key))
+    print(medclr.prepare(manifest, store, size_px=size_px, workers=2, key_file=key))
+    return store
 
 
 def hippocampus_store(data: Path, out: Path) -> Path:
@@ -133,8 +147,17 @@ def methods(data: Path, out: Path) -> None:
         if "init" in settings:
             settings = {**settings, "init": runs / f"hippocampus-{settings['init']}"}
         file = CONFIGS / "pretrain" / f"{config}.yaml"
-        print(medclr.pretrain(store, runs / f"hippocampus-{name}", config=file, settings=METHODS | settings))
+        print(medclr.pretrain(store, runs / f"hippocampus-{name}", config=file, settings=METHODS | VOLUMES | settings))
     compared("hippocampus_methods", out)
+
+
+def cxr_methods(data: Path, out: Path) -> None:
+    """Frozen features of whole X-rays after the methods that are made for pixels, in the same small network."""
+    store, settings = cxr_store(data, out), METHODS | {"batch": 128, "epochs": 12}
+    for name, config in CXR_METHOD_RUNS.items():
+        file = CONFIGS / "pretrain" / f"{config}.yaml"
+        print(medclr.pretrain(store, out / "runs" / f"cxr-small-{name}", config=file, settings=settings))
+    compared("cxr_methods", out)
 
 
 def compared(name: str, out: Path) -> None:
@@ -145,6 +168,7 @@ def compared(name: str, out: Path) -> None:
 
 if __name__ == "__main__":
     parts = {"roads": roads, "cxr": cxr, "hippocampus": hippocampus, "methods": methods}
+    parts |= {"cxr_methods": cxr_methods}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--data", type=Path, required=True)
