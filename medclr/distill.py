@@ -7,6 +7,7 @@ the teacher is unsure may be left out, and the student may be the teacher of a n
 arXiv 1911.04252).
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -77,7 +78,8 @@ class Asked:
     """Run folder of `medclr finetune`."""
 
     student: str = "resnet18"
-    """Network of the student: resnet18 or another that pretrain knows; or same: the teacher's, from its weights on."""
+    """Network of the student: resnet18 or another that pretrain knows; or same: the teacher's, from its weights on,
+    which has something to learn only with labelled or confidence."""
 
     init: str = "random"
     """Weights that the student starts from, of the same network: random, imagenet, a run folder of pretraining, or a
@@ -297,6 +299,12 @@ def learnt_from(wish: Wish, store: Store) -> Ints:
 def train_student(wish: Wish) -> DistillSummary:
     """``distill`` with settings that were read."""
     settings, store, trained = wish.settings, Store(wish.store), load_model(wish.teacher)
+    if wish.student == "same" and not wish.labelled and not wish.confidence:  # both see the same views
+        print(
+            "medclr: warning: --student same starts where it agrees with the teacher, and so learns next to nothing; "
+            "set --labelled, such as 0.5, or --confidence",
+            file=sys.stderr,
+        )
     cases = _cases_of(trained)
     device = device_of(settings.device)
     keep_freed_memory()

@@ -222,6 +222,14 @@ def test_another_teacher_at_the_same_place_is_refused(image_store: Path, teacher
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
 
 
+@pytest.mark.parametrize("settings", [{}, {"labelled": 0.5}, {"confidence": 0.3}], ids=["nothing", "labelled", "sure"])
+def test_a_student_that_agrees_from_the_start_is_warned_of(
+    settings: dict[str, Any], image_store: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(image_store, tmp_path / "run", teacher, student="same", steps=1, **settings)
+    assert ("learns next to nothing; set --labelled" in capsys.readouterr().err) == (settings == {})
+
+
 def test_the_same_network_starts_from_the_teachers_weights(image_store: Path, teacher: Path, tmp_path: Path) -> None:
     run(image_store, tmp_path / "run", teacher, student="same", steps=1, lr=1e-12, batch_norm="frozen")
     before = weights(teacher)
