@@ -422,7 +422,6 @@ def test_what_would_stop_a_cell_stops_before_the_first(image_store: Path, tmp_pa
         ({"settings": {"stepps": 1}}, "--steps"),
         ({"inits": {"a": InitConfig("nowhere")}}, "inits.a: "),
         ({"modality": "CT"}, "CT"),
-        ({"settings": {"network.slices": 3}}, "network.slices"),
         ({"store": Path("nowhere")}, "nowhere"),
     ):
         with pytest.raises(MedclrError) as error:
@@ -454,7 +453,8 @@ def test_stores_of_other_scans_are_no_pair(image_store: Path, tmp_path: Path) ->
 
 def test_probe_and_fine_tuning_from_settings_to_page(image_store: Path, tmp_path: Path, capsys: Any) -> None:
     """Real cells: the same labelled patients for both protocols and inits, and predictions that repeat."""
-    inits = {"random": InitConfig("random"), "Wide": InitConfig("random", settings={"network.stem": "imagenet"})}
+    settings = {"network.stem": "imagenet", "network.slices": 3}
+    inits = {"random": InitConfig("random"), "Wide": InitConfig("random", settings=settings)}
     plan = a_plan(image_store, inits=inits, budgets=(4,), seeds=1, protocols=("probe", "finetune"))
     lines = [f"store: {image_store}", f"settings: {json.dumps(SMALL)}", "protocols: [probe, finetune]"]
     lines += ["budgets: [4]", "seeds: 1", "resamples: 100", "inits:", "  random: {encoder: random}"]

@@ -379,10 +379,10 @@ def test_errors_of_the_reader_reach_the_consumer(store, monkeypatch):
     loader = Loader(store, store.indices(), 2, 0)
     bad = loader.order(0)[8]  # the first of batch 4
 
-    def broken(store, indices):
+    def broken(store, indices, slices):
         if bad in indices:
             raise MedclrError("slices-00003.npy: cannot be read")
-        return load(store, indices)
+        return load(store, indices, slices)
 
     monkeypatch.setattr(loading, "load_batch", broken)
     epoch = loader.epoch(0)
