@@ -167,8 +167,7 @@ def compared(name: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"roads": roads, "cxr": cxr, "hippocampus": hippocampus, "methods": methods}
-    parts |= {"cxr_methods": cxr_methods}
+    parts = {part.__name__: part for part in (roads, cxr, hippocampus, methods, cxr_methods)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--data", type=Path, required=True)
