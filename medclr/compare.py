@@ -25,7 +25,7 @@ import torch
 from medclr import files
 from medclr.compare_page import write_report
 from medclr.compare_plan import Cell, CompareConfig, dotted, open_comparison, read_config
-from medclr.compare_results import Results, read_results, write_table
+from medclr.compare_results import Results, read_results, write_tables
 from medclr.data.cases import choose_cases, split_patients, write_cases
 from medclr.data.splits import refuse_overlap
 from medclr.data.store import Store
@@ -84,7 +84,7 @@ def run_comparison(
         if not report_only:
             compute(plan, out, run or run_cell)
         results = read_results(plan, out, stamps)
-        write_table(results, out / "results.csv")
+        write_tables(results, out)
         write_report(results, out)
     return CompareSummary(out, results)
 

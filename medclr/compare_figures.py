@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from medclr.compare_results import NAMES, Results, Row, lower_is_better, per_patient, pooled
+from medclr.compare_results import NAMES, Results, Row, chosen, lower_is_better, per_patient, pooled
 from medclr.figures import COLOURS, INK, plain_axes
 from medclr.outcomes import Classified
 from medclr.statistics import reliability
@@ -31,15 +31,20 @@ WARN = "#b3261e"
 """Colour of the stamp."""
 
 
+STUDENT = {"linestyle": (0, (4, 2)), "marker": "D", "markerfacecolor": "white"}
+"""How a student is drawn, in the colour of its teacher."""
+
+
 def colours(results: Results) -> dict[str, str]:
-    """Init -> colour: the reference red, random weights of one network and another in greys."""
-    count = len(results.plan.inits)
-    greys, rest = iter(GREYS * count), iter(OTHERS * count)
-    chosen = {}
-    for name, init in results.plan.inits.items():
-        is_reference = name == results.plan.referred
-        chosen[name] = COLOURS[1] if is_reference else next(greys) if init.encoder == "random" else next(rest)
-    return chosen
+    """Init -> colour: the reference red, random weights of some networks in greys, a student that of its teacher."""
+    inits = results.plan.inits
+    greys, rest = iter(GREYS * len(inits)), iter(OTHERS * len(inits))
+    first = {
+        name: COLOURS[1] if name == results.plan.referred else next(greys) if init.encoder == "random" else next(rest)
+        for name, init in inits.items()
+        if init.teacher is None or name == results.plan.referred
+    }
+    return {name: first[name] if name in first else first[str(init.teacher)] for name, init in inits.items()}
 
 
 def curve_figure(results: Results, metric: str) -> Figure:
@@ -77,39 +82,44 @@ def differing(results: Results) -> list[str]:
     return [name for name, init in inits.items() if init.encoder != "random"] or list(inits)
 
 
-def difference_figure(results: Results) -> Figure:
-    """The paired difference to the reference, a panel a protocol: thick over patients, thin over seeds too."""
-    metric, plan = results.metrics[0], results.plan
-    others = differing(results)
+def difference_figure(results: Results, rows: Sequence[Row], others: Sequence[str], reference: str) -> Figure:
+    """The differences of ``others`` in ``rows``, a panel a protocol: thick over patients, thin over seeds too."""
+    metric = results.metrics[0]
     figure, axes = _panels(results, [NAMES[name] for name in results.protocols], 3.3)
     colour = colours(results)
     for protocol, axis in zip(results.protocols, axes, strict=True):
         axis.axhline(0, color=COLOURS[1], linewidth=1.2)
         axis.grid(visible=False, axis="x")
         for index, name in enumerate(others):
-            rows = results.of(protocol, metric, name)
-            x = np.arange(len(rows)) + min(0.16, 0.7 / len(others)) * (index - (len(others) - 1) / 2)  # [b]
-            for at, row in zip(x, rows, strict=True):
+            its = chosen(rows, protocol, metric, name)
+            mark = "o" if results.plan.inits[name].teacher is None else "D"
+            x = np.arange(len(its)) + min(0.16, 0.7 / len(others)) * (index - (len(others) - 1) / 2)  # [b]
+            for at, row in zip(x, its, strict=True):
                 axis.plot([at, at], [row.difference_cautious_low, row.difference_cautious_high],
                           color=colour[name], linewidth=1.1, alpha=0.7)  # fmt: skip
                 axis.plot([at, at], [row.difference_low, row.difference_high], color=colour[name], linewidth=5,
                           alpha=0.45, solid_capstyle="butt")  # fmt: skip
                 face = colour[name] if row.is_decided else "white"
-                axis.plot(at, row.difference, "o", color=colour[name], markerfacecolor=face, markersize=5.5)
-            axis.plot([], [], "o-", color=colour[name], label=name)
-        rows = results.of(protocol, metric, others[0])
-        axis.set_xticks(range(len(rows)), [str(row.patients) for row in rows])
-        axis.set_xlim(-0.5, len(rows) - 0.5)
+                axis.plot(at, row.difference, mark, color=colour[name], markerfacecolor=face, markersize=5.5)
+            axis.plot([], [], f"{mark}-", color=colour[name], label=name)
+        its = chosen(rows, protocol, metric, others[0])
+        axis.set_xticks(range(len(its)), [str(row.patients) for row in its])
+        axis.set_xlim(-0.5, len(its) - 0.5)
         axis.set_xlabel("labelled patients", fontsize=9, color=INK)
-        axis.set_ylabel(f"{metric}: difference to {plan.referred}", fontsize=9, color=INK)
+        axis.set_ylabel(f"{metric}: difference to {reference}", fontsize=9, color=INK)
     _legend(figure, axes[0])
     return figure
 
 
+def scattered(results: Results) -> list[str]:
+    """The inits whose patients are drawn against the reference's: without students, if there are others."""
+    inits = {name: init for name, init in results.plan.inits.items() if name != results.plan.referred}
+    return [name for name, init in inits.items() if init.teacher is None] or list(inits)
+
+
 def scatter_figure(results: Results, protocol: str, budgets: Sequence[str]) -> Figure:
     """Every test patient: the reference across, another init up; a line a budget, a column an init."""
-    plan = results.plan
-    others = [name for name in plan.inits if name != plan.referred]
+    plan, others = results.plan, scattered(results)
     side = 2.7
     lines, columns = (len(budgets), len(others)) if len(others) > 1 else (1, len(budgets))
     figure = Figure(figsize=(side * columns + 0.3, (side + 0.15) * lines + 0.5), layout="constrained")
@@ -199,7 +209,8 @@ def _curves(axis: Any, results: Results, protocol: str, metric: str) -> None:
             axis.fill_between(x, low, high, color=colour[name], alpha=0.13, linewidth=0)
         else:
             axis.errorbar(x, mean, yerr=(mean - low, high - mean), color=colour[name], capsize=3)
-        axis.plot(x, mean, color=colour[name], marker=mark, markersize=4, linewidth=1.7, label=name)
+        style = {"marker": mark} if results.plan.inits[name].teacher is None else STUDENT
+        axis.plot(x, mean, color=colour[name], markersize=4, linewidth=1.7, label=name, **style)
     axis.set_xscale("log")
     numbers = sorted({row.patients for row in ticks})
     axis.set_xticks(numbers, [str(number) for number in numbers])

@@ -1,5 +1,6 @@
 """The report of a comparison: one page that holds its pictures, and under each what it shows and what it does not."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,20 @@ from medclr.compare_figures import (
     differing,
     metrics_figure,
     scatter_figure,
+    scattered,
 )
-from medclr.compare_results import NAMES, Results, Row, further, in_words, many_or_few, per_patient, verdicts
+from medclr.compare_results import (
+    NAMES,
+    Results,
+    Row,
+    chosen,
+    further,
+    in_words,
+    many_or_few,
+    per_patient,
+    verdict,
+    verdicts,
+)
 from medclr.config import to_plain
 from medclr.figures import save
 from medclr.outcomes import Classified
@@ -64,6 +77,8 @@ class _Report:
         self._curves()
         if self.others:
             self._differences()
+            if results.taught:
+                self._students()
             self._equivalents()
             self._scatter()
         self._overlays()
@@ -127,25 +142,49 @@ class _Report:
         self._draw("curve", curve_figure(results, self.metric), f"{bands} {' '.join(told)}")
 
     def _differences(self) -> None:
+        results, reference = self.results, self.plan.referred
+        drawn = differing(results)
+        undrawn = [name for name in self.others if name not in drawn]
+        left_out = f"Not drawn, because it would set the scale: {', '.join(undrawn)}; it stands in the table below."
+        told = [sentence for protocol in results.protocols for sentence in verdicts(results, protocol)]
+        self._difference("difference", reference, results.rows, drawn, told, left_out if undrawn else "")
+
+    def _students(self) -> None:
+        """What distillation gains: each student against the model that taught it."""
+        rows = self.results.taught
+        students = list(dict.fromkeys(row.init for row in rows))
+        told = []
+        for protocol in self.results.protocols:
+            for name in students:
+                told.append(f"{NAMES[protocol]}: {verdict(chosen(rows, protocol, self.metric, name))}")
+        self._difference("distillation", "the teacher", rows, students, told)
+
+    def _difference(
+        self,
+        name: str,
+        reference: str,
+        found: Sequence[Row],
+        drawn: Sequence[str],
+        told: Sequence[str],
+        left_out: str = "",
+    ) -> None:
+        """A section on the paired differences that are ``found``: a figure of those ``drawn``, and a table of all."""
         results = self.results
-        self.page.section(f"Paired difference to {self.plan.referred}")
+        self.page.section(f"Paired difference to {reference}")
         how = (
             "Above zero is better. Thick bars: 95 % interval over test patients, the same draws for both; thin lines: "
             "test patients and seeds drawn together, more cautious. Filled: the thick bar excludes zero."
         )
-        told = [sentence for protocol in results.protocols for sentence in verdicts(results, protocol)]
-        undrawn = [name for name in self.others if name not in differing(results)]
-        if undrawn:
-            how += f" Not drawn, because it would set the scale: {', '.join(undrawn)}; it stands in the table below."
-        decided = [r for r in results.rows if r.metric == self.metric and r.reference and r.is_decided]
-        if not decided:
-            told = ["No interval excludes zero: the data do not support any difference."]
-        many = sum(len(self._number(protocol)) for protocol in results.protocols) * len(self.others)
-        if many > 1:
-            told.append(f"These are {many} intervals, and they are not corrected for being many.")
-        self._draw("difference", difference_figure(results), " ".join([how, *told]))
+        all_rows = [row for p in results.protocols for row in chosen(found, p, self.metric) if row.reference]
+        words = list(told)
+        if not any(row.is_decided for row in all_rows):
+            words = ["No interval excludes zero: the data do not support any difference."]
+        if len(all_rows) > 1:
+            words.append(f"These are {len(all_rows)} intervals, and they are not corrected for being many.")
+        figure = difference_figure(results, found, drawn, reference)
+        self._draw(name, figure, " ".join(filter(None, [how, left_out, *words])))
         rows: list[list[Cell]] = []
-        for row in (r for protocol in results.protocols for r in results.of(protocol, self.metric) if r.reference):
+        for row in all_rows:
             rows.append([NAMES[row.protocol], row.patients, row.init, _signed(row.difference),
                          _between(row.difference_low, row.difference_high),
                          _between(row.difference_cautious_low, row.difference_cautious_high),
@@ -189,7 +228,7 @@ class _Report:
             number, ends, told = self._number(protocol), self._ends(protocol), []
             for budget in ends:
                 base, _ = per_patient(results.outcomes[protocol, reference, budget])
-                for init in self.others:
+                for init in scattered(results):
                     values, _ = per_patient(results.outcomes[protocol, init, budget])
                     gaps = np.array([values[p] - base[p] for p in base])
                     median = float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else 0.0

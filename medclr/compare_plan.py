@@ -7,6 +7,7 @@ DIR/cells/PROTOCOL/INIT/BUDGET/SEED/cell.json           how long it took; writte
 DIR/cells/PROTOCOL/INIT/BUDGET/SEED/model/              its weights: of teachers, and of all with keep_models
 DIR/features/                                           features of the probe, one file for all cells of an init
 DIR/results.csv, DIR/report.html, DIR/figures/          what came of it
+DIR/students.csv                                        the same of students, the differences to their teachers
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a comparison found: its predictions, read back and scored; ``results.csv``; and what may be said of them."""
+"""What a comparison found: its predictions, read back and scored; its tables; and what may be said of them."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ NAMES = {"probe": "Linear probe", "finetune": "Fine-tuning"}
 
 @dataclass(frozen=True)
 class Row:
-    """A line of ``results.csv``: its fields are the columns."""
+    """A line of ``results.csv`` or ``students.csv``: its fields are the columns."""
 
     protocol: str
     init: str
@@ -76,6 +76,8 @@ class Results:
     """(protocol, init, budget) -> how long each seed took."""
     stamps: Mapping[str, int]
     """Init -> test patients that it was pretrained on."""
+    taught: Sequence[Row] = ()
+    """Of students, in the first metric: the difference of their rows is that to their teacher."""
     missing: int = 0
     """Cells that are not computed yet."""
     pictures: Mapping[tuple[str, str, str], Path] = field(default_factory=dict)
@@ -99,8 +101,7 @@ class Results:
 
     def of(self, protocol: str, metric: str, init: str | None = None) -> list[Row]:
         """Rows by protocol, metric and perhaps init, the smallest budget first."""
-        chosen = [r for r in self.rows if (r.protocol, r.metric) == (protocol, metric) and init in (None, r.init)]
-        return sorted(chosen, key=lambda row: row.patients)
+        return chosen(self.rows, protocol, metric, init)
 
     def __str__(self) -> str:
         first = self.rows[0]
@@ -114,6 +115,12 @@ class Results:
                 lines.append(f"  {protocol:<9} {init:<24} {'   '.join(scores)}")
         lines += [sentence for protocol in self.protocols for sentence in verdicts(self, protocol)]
         return "\n".join([*lines, *([self.stamp] if self.stamp else [])])
+
+
+def chosen(rows: Sequence[Row], protocol: str, metric: str, init: str | None = None) -> list[Row]:
+    """Rows by protocol, metric and perhaps init, the smallest budget first."""
+    some = [row for row in rows if (row.protocol, row.metric) == (protocol, metric) and init in (None, row.init)]
+    return sorted(some, key=lambda row: row.patients)
 
 
 def read_results(plan: CompareConfig, out: Path, stamps: Mapping[str, int]) -> Results:
@@ -144,8 +151,8 @@ def read_results(plan: CompareConfig, out: Path, stamps: Mapping[str, int]) -> R
                 pictures.setdefault(key, picture)
     if not outcomes:
         raise MedclrError(f"{out}: no seed is whole over all inits and budgets yet; run it without --report-only")
-    rows, equivalents = _score(plan, outcomes, labelled, stamps)
-    return Results(plan, outcomes, rows, equivalents, seconds, stamps, missing, pictures)
+    rows, taught, equivalents = _score(plan, outcomes, labelled, stamps)
+    return Results(plan, outcomes, rows, equivalents, seconds, stamps, taught, missing, pictures)
 
 
 def _labelled(folder: Path) -> list[str]:
@@ -169,8 +176,9 @@ def _score(
     outcomes: Mapping[tuple[str, str, str], Sequence[Outcome]],
     labelled: Mapping[tuple[str, str], int],
     stamps: Mapping[str, int],
-) -> tuple[list[Row], dict[tuple[str, str, str], Equivalence]]:
+) -> tuple[list[Row], list[Row], dict[tuple[str, str, str], Equivalence]]:
     rows: list[Row] = []
+    taught: list[Row] = []
     equivalents: dict[tuple[str, str, str], Equivalence] = {}
     metrics = next(iter(outcomes.values()))[0].metrics()
     with progress("statistics", len(outcomes) * len(metrics), "scores") as advance:
@@ -183,22 +191,38 @@ def _score(
                     for budget in budgets:
                         drawn[init, budget] = resample(outcomes[protocol, init, budget], metric, plan.resamples)
                         advance(1, metric)
-                for (init, budget), one in drawn.items():
+                for init, budget in drawn:
                     against = "" if init == plan.referred else plan.referred
-                    apart = (one - drawn[against, budget]).estimate() if against else None
-                    rows.append(
-                        Row(
-                            protocol, init, budget, number[budget], metric, *_numbers(one.estimate()),
-                            len(one.point), one.patients, against, *_apart(apart), stamps[init],
-                        )
-                    )  # fmt: skip
+                    rows.append(_row(protocol, init, budget, against, number, metric, drawn, stamps))
                 if metric == metrics[0]:
+                    for init, budget in drawn:
+                        if teacher := plan.inits[init].teacher:
+                            taught.append(_row(protocol, init, budget, teacher, number, metric, drawn, stamps))
                     numbers = [float(number[budget]) for budget in budgets]
                     curve = [drawn[plan.referred, budget] for budget in budgets]
                     for (init, budget), one in drawn.items():
                         if init != plan.referred:
                             equivalents[protocol, init, budget] = equivalent_budget(numbers, curve, one)
-    return rows, equivalents
+    return rows, taught, equivalents
+
+
+def _row(
+    protocol: str,
+    init: str,
+    budget: str,
+    against: str,
+    number: Mapping[str, int],
+    metric: str,
+    drawn: Mapping[tuple[str, str], Resampled],
+    stamps: Mapping[str, int],
+) -> Row:
+    """Of one init and budget; ``against`` another init, or '' for none."""
+    one = drawn[init, budget]
+    apart = (one - drawn[against, budget]).estimate() if against else None
+    return Row(
+        protocol, init, budget, number[budget], metric, *_numbers(one.estimate()),
+        len(one.point), one.patients, against, *_apart(apart), stamps[init],
+    )  # fmt: skip
 
 
 def _numbers(found: Estimate) -> tuple[float, float, float, float, float, float]:
@@ -211,12 +235,18 @@ def _apart(found: Estimate | None) -> tuple[float, float, float, float, float]:
     return found.mean, found.low, found.high, found.cautious_low, found.cautious_high
 
 
-def write_table(results: Results, path: Path) -> None:
-    """Write ``results.csv``."""
+def write_tables(results: Results, out: Path) -> None:
+    """Write ``results.csv``, and ``students.csv`` if there are any."""
+    _write_table(results.rows, out / "results.csv")
+    if results.taught:
+        _write_table(results.taught, out / "students.csv")
+
+
+def _write_table(rows: Sequence[Row], path: Path) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([each.name for each in fields(Row)])
-    for row in results.rows:
+    for row in rows:
         writer.writerow([_cell(value) for value in astuple(row)])
     write_text(path, text.getvalue())
 

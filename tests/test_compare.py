@@ -21,9 +21,10 @@ from test_report import Reader
 import medclr
 from medclr.cli import main
 from medclr.compare import run_cell, run_comparison, wish_of
+from medclr.compare_figures import colours
 from medclr.compare_page import write_report
 from medclr.compare_plan import Cell, CompareConfig, InitConfig, folder_name, read_config
-from medclr.compare_results import Results, Row, further, many_or_few, read_results, verdict, write_table
+from medclr.compare_results import Results, Row, further, many_or_few, read_results, verdict, write_tables
 from medclr.config import read_yaml
 from medclr.data.cases import choose_cases, write_cases
 from medclr.data.store import Store
@@ -537,9 +538,11 @@ def test_of_distances_less_is_better(tmp_path: Path) -> None:
     assert "SimCLR <b> is worse" not in told
 
 
-def invented(out: Path, task: str, patients: int = 24, seeds: int = 3) -> Results:
+THREE = {"random": InitConfig("random"), "ImageNet": InitConfig("imagenet"), "SimCLR <b>": InitConfig("runs/a")}
+
+
+def invented(out: Path, task: str, patients: int = 24, seeds: int = 3, inits: dict[str, InitConfig] = THREE) -> Results:
     """Results of cells that were never computed: three inits, three budgets; pictures for a segmentation."""
-    inits = {"random": InitConfig("random"), "ImageNet": InitConfig("imagenet"), "SimCLR <b>": InitConfig("runs/a")}
     plan = CompareConfig(
         Path("cohort"), inits, task=task, seeds=seeds, budgets=(5, 10, 40), resamples=100, protocols=("finetune",)
     )
@@ -573,7 +576,7 @@ def invented(out: Path, task: str, patients: int = 24, seeds: int = 3) -> Result
 def test_the_page_holds_all_it_promises_and_nothing_from_outside(task: str, tmp_path: Path) -> None:
     results = invented(tmp_path, task)
     write_report(results, tmp_path)
-    write_table(results, tmp_path / "results.csv")
+    write_tables(results, tmp_path)
     html = (tmp_path / "report.html").read_text()
     read = Reader(html)
     assert read.open == []
@@ -590,6 +593,8 @@ def test_the_page_holds_all_it_promises_and_nothing_from_outside(task: str, tmp_
     assert "For orientation only: 3 seeds" in text
     pictures = [attributes for tag, attributes in read.tags if tag == "img"]
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert "distillation.png" not in drawn
+    assert "to the teacher" not in html
     assert {"curve.png", "difference.png", "patients-finetune.png", "metrics-finetune.png"} <= drawn
     assert len(pictures) == len(drawn) + (2 if task == "segment" else 0)
     assert all(attributes["src"].startswith("data:image/") for attributes in pictures)  # type: ignore[union-attr]
@@ -609,6 +614,32 @@ def test_the_page_does_not_claim_what_the_data_do_not_support(tmp_path: Path, no
     assert all(row.difference == 0 for row in again.rows if row.init == "SimCLR <b>")
     write_report(again, tmp_path)
     assert "SimCLR &lt;b&gt; against ImageNet: at every budget the interval" in (tmp_path / "report.html").read_text()
+
+
+def test_a_student_is_set_against_its_teacher(tmp_path: Path) -> None:
+    """What it gains on random weights is its teacher's merit and its own; the second alone is distillation's."""
+    results = invented(tmp_path, "segment", inits={**THREE, "student": InitConfig("same", teacher="SimCLR <b>")})
+    assert {(row.init, row.reference, row.metric) for row in results.taught} == {("student", "SimCLR <b>", "mean Dice")}
+    for row in results.taught:
+        student, teacher = (
+            np.mean([each.score("mean Dice") for each in results.outcomes["finetune", name, row.budget]])
+            for name in ("student", "SimCLR <b>")
+        )
+        assert row.difference == pytest.approx(student - teacher, abs=1e-12)
+        assert row.difference_low < row.difference < row.difference_high
+    colour = colours(results)
+    assert colour["student"] == colour["SimCLR <b>"]
+    assert len(set(colour.values())) == 3
+    write_tables(results, tmp_path)
+    write_report(results, tmp_path)
+    with (tmp_path / "students.csv").open(newline="") as file:
+        written = [(row["init"], row["reference"], row["budget"]) for row in csv.DictReader(file)]
+    assert written == [("student", "SimCLR <b>", budget) for budget in ("5", "10", "40")]
+    html = (tmp_path / "report.html").read_text()
+    assert "<h2>Paired difference to ImageNet</h2>" in html
+    assert "<h2>Paired difference to the teacher</h2>" in html
+    assert "student is ahead of SimCLR &lt;b&gt; at 5, 10 and 40 patients" in html
+    assert (tmp_path / "figures" / "distillation.png").is_file()
 
 
 def test_one_init_is_a_report_without_differences(tmp_path: Path, no_pictures: None) -> None:
