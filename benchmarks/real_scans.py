@@ -149,6 +149,7 @@ def methods(data: Path, out: Path) -> None:
         file = CONFIGS / "pretrain" / f"{config}.yaml"
         print(medclr.pretrain(store, runs / f"hippocampus-{name}", config=file, settings=METHODS | VOLUMES | settings))
     compared("hippocampus_methods", out)
+    compared("hippocampus_budgets", out)
 
 
 def cxr_methods(data: Path, out: Path) -> None:

@@ -13,8 +13,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from medclr import files
 from medclr.compare_page import write_report
 from medclr.compare_plan import Cell, CompareConfig, dotted, open_comparison, read_config
 from medclr.compare_results import Results, read_results, write_tables
+from medclr.config import FinetuneConfig
 from medclr.data.cases import choose_cases, split_patients, write_cases
 from medclr.data.splits import refuse_overlap
 from medclr.data.store import Store
-from medclr.distill import learnt_from, train_student
+from medclr.distill import NOT_ASKED, learnt_from, train_student
 from medclr.distill import read_wish as read_distill
 from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError, Terminated
@@ -44,6 +45,9 @@ from medclr.tasks import get as get_task
 
 Run = Callable[[CompareConfig, Cell, Path], float]
 """Computes a cell of a comparison in a folder: leaves predictions.csv and cases.csv in the cell's, returns seconds."""
+
+SHARED = {each.name for each in fields(FinetuneConfig)} - {*NOT_ASKED, "network", "size_px", "seed"}
+"""Settings of all inits that students have too; their network and its size are the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,20 @@ def check(plan: CompareConfig) -> dict[str, int]:
                 raise MedclrError("a probe cannot tell several labels a scan; take protocol finetune alone")
             for budget in plan.budgets:
                 for seed in range(plan.seeds):
-                    cases = choose_cases(store, task.strata, str(budget), seed=seed, test_share=plan.test_share)
+                    cases = choose_cases(
+                        store,
+                        task.strata,
+                        str(budget),
+                        seed=seed,
+                        validation=wish.settings.validation,
+                        test_share=plan.test_share,
+                    )
                     task.check(scans_of(task, store, cases.train), f"the cases of budget {budget}, seed {seed},")
             start, size = plan.inits[plan.first_of(name)].encoder, wish.settings.size_px
             encoder, _ = start_encoder(start, wish.settings.network, size, store.info.size_px, seed=0)
-            taught = learnt_from(read_distill(student_words(plan, name)), store) if init.teacher else ()
+            learnt = set(encoder.seen_patients)
+            if init.teacher:
+                learnt |= _student_learns_from(plan, name, cases.test)
         except MedclrError as error:
             raise MedclrError(f"inits.{name}: {error}") from None
         scans = [store.scans[int(i)] for i in task.scans]
@@ -128,13 +141,25 @@ def check(plan: CompareConfig) -> dict[str, int]:
                 f"inits.{name}: its store has other labelled scans or test patients than that of {first[0]}, so they "
                 "cannot be paired; prepare both stores from the same manifest"
             )
-        seen = (encoder.seen_patients | {store.scans[int(i)].patient_id for i in taught}) & set(cases.test)
+        seen = learnt & set(cases.test)
         if not plan.transductive:
             step = "distillation" if init.teacher else "pretraining"
             what = f"the {step} of {name} and the test set (transductive: true goes on, and stamps every figure)"
             refuse_overlap(seen, cases.test, what)
         stamps[name] = len(seen)
     return stamps
+
+
+def _student_learns_from(plan: CompareConfig, init: str, test: Collection[str]) -> set[str]:
+    """The patients of the slices, and of the weights, that a student adds to those of its teacher."""
+    wish = read_distill(student_words(plan, init))
+    store = Store(wish.store)
+    seen = {store.scans[int(i)].patient_id for i in learnt_from(wish, store, test)}
+    if wish.student != "same":
+        size = wish.settings.size_px or store.info.size_px
+        encoder, _ = start_encoder(wish.init, wish.settings.network, size, store.info.size_px, seed=0)
+        seen |= encoder.seen_patients
+    return seen
 
 
 def wish_of(plan: CompareConfig, init: str, **changes: Any) -> Wish:
@@ -147,9 +172,14 @@ def wish_of(plan: CompareConfig, init: str, **changes: Any) -> Wish:
 
 
 def student_words(plan: CompareConfig, init: str, **changes: Any) -> list[str]:
-    """What ``medclr distill`` is asked for."""
-    asked: dict[str, Any] = {"store": plan.store_of(init), "out": "-", "teacher": "-", "student": "same"}
-    asked |= dotted(plan.inits[init].settings) | {"transductive": plan.transductive} | changes
+    """What ``medclr distill`` is asked for: the settings of all that it knows, and its own on top."""
+    labels = plan.store_of(init)
+    asked: dict[str, Any] = {"store": labels, "out": "-", "teacher": "-", "student": "same", "modality": plan.modality}
+    asked |= {key: value for key, value in dotted(plan.settings).items() if key.split(".")[0] in SHARED}
+    asked |= dotted(plan.inits[init].settings)
+    if Path(asked["store"]) != labels:
+        asked = {"score": labels} | asked
+    asked |= {"transductive": plan.transductive} | changes
     return [f"--{key}={_word(value)}" for key, value in asked.items()]
 
 
@@ -362,6 +392,8 @@ def run_student(plan: CompareConfig, cell: Cell, out: Path) -> float:
     assert teacher is not None
     words = student_words(plan, cell.init, out=folder, teacher=teacher.folder(out), seed=cell.seed)
     summary = train_student(read_distill(words))
+    if summary.unscored:
+        raise MedclrError(f"{folder}: {summary.unscored}")
     _tidy(plan, cell, folder)
     return summary.seconds
 

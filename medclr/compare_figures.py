@@ -4,6 +4,7 @@ Letters: b budgets.
 """
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ WARN = "#b3261e"
 """Colour of the stamp."""
 
 
-STUDENT = {"linestyle": (0, (4, 2)), "marker": "D", "markerfacecolor": "white"}
-"""How a student is drawn, in the colour of its teacher."""
+STUDENTS = (("D", (0, (4, 2))), ("^", (0, (1, 1.5))), ("v", (0, (6, 1.5, 1, 1.5))), ("P", (0, (2, 3))))
+"""Marker and dashes of the first, second... student of a teacher, in its colour."""
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -45,6 +46,19 @@ def colours(results: Results) -> dict[str, str]:
         if init.teacher is None or name == results.plan.referred
     }
     return {name: first[name] if name in first else first[str(init.teacher)] for name, init in inits.items()}
+
+
+def marks(results: Results) -> dict[str, tuple[str, Any]]:
+    """Init -> marker and dashes: with the colour they tell every init from the others."""
+    chosen: dict[str, tuple[str, Any]] = {}
+    siblings: Counter[str] = Counter()
+    for name, init in results.plan.inits.items():
+        if init.teacher is None:
+            chosen[name] = ("s" if name == results.plan.referred else "o"), "-"
+        else:
+            chosen[name] = STUDENTS[siblings[init.teacher] % len(STUDENTS)]
+            siblings[init.teacher] += 1
+    return chosen
 
 
 def curve_figure(results: Results, metric: str) -> Figure:
@@ -86,13 +100,13 @@ def difference_figure(results: Results, rows: Sequence[Row], others: Sequence[st
     """The differences of ``others`` in ``rows``, a panel a protocol: thick over patients, thin over seeds too."""
     metric = results.metrics[0]
     figure, axes = _panels(results, [NAMES[name] for name in results.protocols], 3.3)
-    colour = colours(results)
+    colour, mark_of = colours(results), marks(results)
     for protocol, axis in zip(results.protocols, axes, strict=True):
         axis.axhline(0, color=COLOURS[1], linewidth=1.2)
         axis.grid(visible=False, axis="x")
         for index, name in enumerate(others):
             its = chosen(rows, protocol, metric, name)
-            mark = "o" if results.plan.inits[name].teacher is None else "D"
+            mark, _ = mark_of[name]
             x = np.arange(len(its)) + min(0.16, 0.7 / len(others)) * (index - (len(others) - 1) / 2)  # [b]
             for at, row in zip(x, its, strict=True):
                 axis.plot([at, at], [row.difference_cautious_low, row.difference_cautious_high],
@@ -167,7 +181,7 @@ def calibration_figure(results: Results, protocol: str, budgets: Sequence[str]) 
             size = 8 + 90 * found.count[here] / found.count.sum()
             error = calibration_error(results, protocol, name, budget)
             axis.plot(found.confidence[here], found.accuracy[here], color=colour[name], linewidth=1.4,
-                      label=f"{name}: {error:.3f}")  # fmt: skip
+                      linestyle=marks(results)[name][1], label=f"{name}: {error:.3f}")  # fmt: skip
             axis.scatter(found.confidence[here], found.accuracy[here], s=size, color=colour[name], linewidths=0)
         axis.set_title(f"{number[budget]} labelled patients", fontsize=10, color=INK, loc="left")
         axis.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
@@ -198,19 +212,18 @@ def _panels(results: Results, titles: Sequence[str], height: float) -> tuple[Fig
 
 
 def _curves(axis: Any, results: Results, protocol: str, metric: str) -> None:
-    colour = colours(results)
+    colour, mark_of = colours(results), marks(results)
     ticks: list[Row] = []
     for name in results.plan.inits:
         ticks = rows = results.of(protocol, metric, name)
         x = np.array([row.patients for row in rows], dtype=float)  # [b]
         mean, low, high = (np.array([getattr(row, key) for row in rows]) for key in ("mean", "low", "high"))
-        mark = "s" if name == results.plan.referred else "o"
+        mark, dashes = mark_of[name]
         if len(rows) > 1:
             axis.fill_between(x, low, high, color=colour[name], alpha=0.13, linewidth=0)
         else:
             axis.errorbar(x, mean, yerr=(mean - low, high - mean), color=colour[name], capsize=3)
-        style = {"marker": mark} if results.plan.inits[name].teacher is None else STUDENT
-        axis.plot(x, mean, color=colour[name], markersize=4, linewidth=1.7, label=name, **style)
+        axis.plot(x, mean, color=colour[name], marker=mark, linestyle=dashes, markersize=4, linewidth=1.7, label=name)
     axis.set_xscale("log")
     numbers = sorted({row.patients for row in ticks})
     axis.set_xticks(numbers, [str(number) for number in numbers])

@@ -53,9 +53,9 @@ class _Report:
         self.results, self.out = results, out
         self.plan, self.metric = results.plan, results.metrics[0]
         first = results.rows[0]
-        self.seeds, self.patients = first.seeds, first.test_patients
+        self.seeds, self.patients = min(results.seeds.values()), first.test_patients
         self.title = self.plan.title or self.plan.store.resolve().name
-        self.seeds_words = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        self.seeds_words = results.seeds_words
         counts = f"{self.patients} test patients, {self.seeds_words}"
         self.page = Page(f"{self.title}: {counts}", f"medclr compare: {', '.join(self.plan.inits)}")
         self.others = [name for name in self.plan.inits if name != self.plan.referred]

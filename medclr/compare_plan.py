@@ -36,7 +36,8 @@ class InitConfig:
 
     teacher: str | None = None
     """Another init, whose model of the same cell labels unlabelled slices softly: this one learns from that, as medclr
-    distill does, and settings are then those of medclr distill. null: from the labelled cases."""
+    distill does, and settings are then those of medclr distill, over those of all that it knows too. null: from the
+    labelled cases."""
 
     store: Path | None = None
     """A slice store of its own, of the same scans, say at another size; null: that of all."""
@@ -269,12 +270,13 @@ def found(config: CompareConfig) -> dict[str, dict[str, str]]:
     """Init -> hashes of its weights and of its store's manifest: what must not change under the same names."""
     hashes = {}
     for name, init in config.inits.items():
-        path = Path(init.encoder)
+        own = dotted(init.settings) if init.teacher else {}  # a student may have further weights, and slices
+        path = Path(own.get("init", init.encoder))
         if path.is_dir():
             weights = files.sha256(checkpoint.encoder_folder(path) / "encoder.json")  # which holds that of the tensors
         else:
             weights = files.sha256(path) if path.is_file() else ""
-        info = Store(config.store_of(name)).info
+        info = Store(Path(own.get("store", config.store_of(name)))).info
         hashes[name] = {"weights": weights, "store": f"{info.manifest_sha256} {info.size_px}"}
     return hashes
 

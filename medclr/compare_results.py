@@ -97,7 +97,20 @@ class Results:
     def stamp(self) -> str:
         """'' or the stamp of a transductive comparison, for every figure and table."""
         seen = [f"{name} has seen {count}" for name, count in self.stamps.items() if count]
-        return f"TRANSDUCTIVE: of the test patients, pretraining of {', of '.join(seen)}" if seen else ""
+        return f"TRANSDUCTIVE: of the test patients, training without labels of {', of '.join(seen)}" if seen else ""
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """Protocol -> seeds of its scores; an unfinished comparison may have fewer of one than of another."""
+        return {row.protocol: row.seeds for row in self.rows}
+
+    @property
+    def seeds_words(self) -> str:
+        """``5 seeds``, or ``6 seeds of Linear probe and 2 seeds of Fine-tuning``."""
+        words = {name: f"{n} seed{'s' if n > 1 else ''}" for name, n in self.seeds.items()}
+        if len(set(words.values())) == 1:
+            return next(iter(words.values()))
+        return " and ".join(f"{told} of {NAMES[name]}" for name, told in words.items())
 
     def of(self, protocol: str, metric: str, init: str | None = None) -> list[Row]:
         """Rows by protocol, metric and perhaps init, the smallest budget first."""
@@ -105,7 +118,7 @@ class Results:
 
     def __str__(self) -> str:
         first = self.rows[0]
-        lines = [f"{first.test_patients} test patients, {first.seeds} seeds, {first.metric} [95 % interval]"]
+        lines = [f"{first.test_patients} test patients, {self.seeds_words}, {first.metric} [95 % interval]"]
         for protocol in self.protocols:
             for init in self.plan.inits:
                 scores = (

@@ -266,7 +266,7 @@ class FinetuneConfig:
     """A checkpoint at least this often, and when interrupted; the same command goes on."""
 
     network: EncoderConfig = field(default_factory=EncoderConfig)
-    """The encoder's network, where a run does not say it: for random, imagenet and files."""
+    """The encoder's network, where a run does not say it: for random, imagenet and files. slices is for runs too."""
 
     views: ViewsConfig = field(
         default_factory=lambda: ViewsConfig(crop_area=(0.5, 1.0), strength=0.5, noise=0.2, blur=0.2, cutout=0.0)

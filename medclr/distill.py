@@ -8,8 +8,8 @@ arXiv 1911.04252).
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
@@ -55,6 +55,7 @@ from medclr.models.start import start_encoder
 from medclr.outcomes import Outcome, write_outcome
 from medclr.progress import duration
 from medclr.runs import open_folder
+from medclr.scans.modality import modality_of
 from medclr.statistics import Estimate, interval, resample
 from medclr.tasks import Task, TaskModel
 from medclr.track import read_metrics
@@ -78,15 +79,19 @@ class Asked:
     """Run folder of `medclr finetune`."""
 
     student: str = "resnet18"
-    """Network of the student: resnet18 or another that pretrain knows; or same: the teacher's, from its weights on,
-    which has something to learn only with labelled or confidence."""
+    """Network of the student: resnet18 or another that pretrain knows, further as network says; or same: the teacher's,
+    from its weights on, which has something to learn only with labelled or confidence."""
 
     init: str = "random"
     """Weights that the student starts from, of the same network: random, imagenet, a run folder of pretraining, or a
     file of torchvision's ResNet weights."""
 
     split: str | None = None
-    """Only slices of this split of the manifest are learnt from; null: train, if the store has it, else all."""
+    """Only slices of this split of the manifest are learnt from; null: train, or all but those of the teacher's test
+    patients where the manifest names no splits."""
+
+    modality: str | None = None
+    """Only slices of this modality are learnt from and scored; null: the teacher's."""
 
     score: Path | None = None
     """Slice store with the labels of the teacher's patients, for the score and the labelled term; null: the one that is
@@ -289,16 +294,33 @@ def read_wish(arguments: Sequence[str]) -> Wish:
     return Wish(**asked, settings=settings)
 
 
-def learnt_from(wish: Wish, store: Store) -> Ints:
-    """The scans of ``store`` whose slices the student would see."""
-    has_train = any(scan.split == "train" for scan in store.scans)
-    split = wish.split if wish.split is not None else "train" if has_train else ""
-    return np.unique(store.column("scan")[store.indices(split)]).astype(np.int64)
+def learnt_from(wish: Wish, store: Store, test: Collection[str]) -> Ints:
+    """The scans of ``store`` whose slices the student would see; ``test`` are the teacher's test patients.
+
+    Raises:
+        MedclrError: there are none, or the store has no such split.
+    """
+    named = {scan.split for scan in store.scans} - {""}
+    split = wish.split if wish.split is not None else "train" if "train" in named else ""
+    wanted = modality_of(wish.modality).name if wish.modality else None
+    left_out = set(test) if wish.split is None and not named else set()  # nobody else keeps them out
+    scans = np.unique(store.column("scan")[store.indices(split)]).astype(np.int64)
+    chosen = [
+        scan
+        for scan in scans.tolist()
+        if wanted in (None, store.scans[scan].modality) and store.scans[scan].patient_id not in left_out
+    ]
+    if not chosen:
+        which = " ".join(filter(None, [wanted, f"of split {split}" if split else ""]))
+        raise MedclrError(f"{store.path}: holds no scans{f' ({which})' if which else ''} to learn from; name another")
+    return np.array(chosen, dtype=np.int64)
 
 
 def train_student(wish: Wish) -> DistillSummary:
     """``distill`` with settings that were read."""
-    settings, store, trained = wish.settings, Store(wish.store), load_model(wish.teacher)
+    store, trained = Store(wish.store), load_model(wish.teacher)
+    wish = replace(wish, modality=wish.modality or trained.facts["settings"].get("modality"))
+    settings = wish.settings
     if wish.student == "same" and not wish.labelled and not wish.confidence:  # both see the same views
         print(
             "medclr: warning: --student same starts where it agrees with the teacher, and so learns next to nothing; "
@@ -310,7 +332,7 @@ def train_student(wish: Wish) -> DistillSummary:
     keep_freed_memory()
     teacher = trained.model.requires_grad_(False)
     put_on(teacher, device)
-    scans = learnt_from(wish, store)
+    scans = learnt_from(wish, store, cases.test)
     patients = {store.scans[int(i)].patient_id for i in scans}
     model, match = _student(wish, trained, store)
     stamp = refuse_seen(
@@ -407,7 +429,7 @@ def _labels(wish: Wish, trained: Trained, cases: Cases) -> tuple[Task | None, st
     """
     path = wish.score or wish.store
     try:
-        task: Task = tasks.get(trained.task).Task(trained.config, Store(path))
+        task: Task = tasks.get(trained.task).Task(trained.config, Store(path), wish.modality)
         if task.classes != trained.model.classes:
             theirs, ours = (", ".join(classes) for classes in (trained.model.classes, task.classes))
             raise MedclrError(f"{path}: has the classes {ours}, and the teacher {theirs}; name its store as --score")
@@ -433,9 +455,7 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
     is_same = wish.student == "same"
     if is_same and wish.init != "random":
         raise MedclrError(f"--init {wish.init}: the student 'same' starts from the teacher's weights; leave it out")
-    network = teacher.encoder.config
-    if not is_same:
-        network = EncoderConfig(wish.student, slices=network.slices)  # type: ignore[arg-type]
+    network = _network(wish, teacher.encoder.config)
     size = settings.size_px or teacher.encoder.size_px
     encoder, report = start_encoder(wish.init, network, size, store.info.size_px, settings.seed)
     if encoder.config.name != network.name:
@@ -447,13 +467,37 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
         torch.manual_seed(settings.seed)
         model: TaskModel = tasks.get(trained.task).Model(trained.config, encoder, teacher.classes)
     from_run = wish.init not in ("random", "imagenet") and Path(wish.init).is_dir()
-    extra = model.start_from(Path(wish.init)) if from_run else []
+    try:
+        extra = model.start_from(Path(wish.init)) if from_run else []
+    except MedclrError as error:  # speaks of settings that the teacher has, and a student has not
+        raise MedclrError(
+            f"--init {wish.init}: its decoder is not of the width of the teacher's; choose another --init, or a "
+            "teacher that was trained with the same segment.width"
+        ) from error
     if is_same:
         model.load_state_dict(teacher.state_dict())
         names = list(model.state_dict())
         lines = [f"weights from {wish.teacher}", f"loaded {len(names)}", *(f"loaded\t{name}" for name in names)]
         return model, "\n".join(lines) + "\n"
     return model, match_text(report, model, extra)
+
+
+def _network(wish: Wish, teacher: EncoderConfig) -> EncoderConfig:
+    """The student's network: what ``network`` says under the name ``student``, on as many slices as the teacher's.
+
+    Raises:
+        MedclrError: ``network`` contradicts that.
+    """
+    asked = wish.settings.network
+    if wish.student == "same":
+        if asked not in (EncoderConfig(), teacher):
+            raise MedclrError("network: the student 'same' has the teacher's; leave it out, or name a --student")
+        return teacher
+    if asked.name not in (EncoderConfig().name, wish.student):
+        raise MedclrError(f"network.name: {asked.name}, but --student is {wish.student}; leave it out")
+    if asked.slices not in (1, teacher.slices):
+        raise MedclrError(f"network.slices: {asked.slices}, but the teacher sees {teacher.slices}; leave it out")
+    return replace(asked, name=wish.student, slices=teacher.slices)  # type: ignore[arg-type]
 
 
 def _cases_of(trained: Trained) -> Cases:

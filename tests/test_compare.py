@@ -21,7 +21,7 @@ from test_report import Reader
 import medclr
 from medclr.cli import main
 from medclr.compare import run_cell, run_comparison, wish_of
-from medclr.compare_figures import colours
+from medclr.compare_figures import colours, marks
 from medclr.compare_page import write_report
 from medclr.compare_plan import Cell, CompareConfig, InitConfig, folder_name, read_config
 from medclr.compare_results import Results, Row, further, many_or_few, read_results, verdict, write_tables
@@ -618,28 +618,50 @@ def test_the_page_does_not_claim_what_the_data_do_not_support(tmp_path: Path, no
 
 def test_a_student_is_set_against_its_teacher(tmp_path: Path) -> None:
     """What it gains on random weights is its teacher's merit and its own; the second alone is distillation's."""
-    results = invented(tmp_path, "segment", inits={**THREE, "student": InitConfig("same", teacher="SimCLR <b>")})
-    assert {(row.init, row.reference, row.metric) for row in results.taught} == {("student", "SimCLR <b>", "mean Dice")}
+    student = InitConfig("same", teacher="SimCLR <b>")
+    results = invented(tmp_path, "segment", inits={**THREE, "student": student, "other": student})
+    assert {(row.init, row.reference, row.metric) for row in results.taught} == {
+        ("student", "SimCLR <b>", "mean Dice"), ("other", "SimCLR <b>", "mean Dice")
+    }  # fmt: skip
     for row in results.taught:
-        student, teacher = (
+        taught, teacher = (
             np.mean([each.score("mean Dice") for each in results.outcomes["finetune", name, row.budget]])
-            for name in ("student", "SimCLR <b>")
+            for name in (row.init, "SimCLR <b>")
         )
-        assert row.difference == pytest.approx(student - teacher, abs=1e-12)
+        assert row.difference == pytest.approx(taught - teacher, abs=1e-12)
         assert row.difference_low < row.difference < row.difference_high
-    colour = colours(results)
-    assert colour["student"] == colour["SimCLR <b>"]
-    assert len(set(colour.values())) == 3
+    colour, mark = colours(results), marks(results)
+    assert colour["student"] == colour["other"] == colour["SimCLR <b>"]
+    assert len({(colour[name], *mark[name]) for name in results.plan.inits}) == 5, "each init is told from the others"
     write_tables(results, tmp_path)
     write_report(results, tmp_path)
     with (tmp_path / "students.csv").open(newline="") as file:
         written = [(row["init"], row["reference"], row["budget"]) for row in csv.DictReader(file)]
-    assert written == [("student", "SimCLR <b>", budget) for budget in ("5", "10", "40")]
+    assert written == [(name, "SimCLR <b>", n) for name in ("student", "other") for n in ("5", "10", "40")]
     html = (tmp_path / "report.html").read_text()
     assert "<h2>Paired difference to ImageNet</h2>" in html
     assert "<h2>Paired difference to the teacher</h2>" in html
     assert "student is ahead of SimCLR &lt;b&gt; at 5, 10 and 40 patients" in html
     assert (tmp_path / "figures" / "distillation.png").is_file()
+
+
+def test_seeds_are_counted_by_protocol(copied: tuple[CompareConfig, Path]) -> None:
+    """Stopped in the second protocol, a comparison has fewer seeds of it, and says so of each."""
+    plan, out = copied
+    both = replace(plan, protocols=("probe", "finetune"), seeds=2, jobs=1)
+
+    def stops(plan: CompareConfig, cell: Cell, out: Path) -> float:
+        if (cell.protocol, cell.seed) == ("finetune", 1):
+            raise KeyboardInterrupt
+        return fake_cell(plan, cell, out)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(both, out, run=stops)
+    found = run_comparison(both, out, report_only=True).results
+    assert found.seeds == {"probe": 2, "finetune": 1}
+    html = (out / "report.html").read_text()
+    assert "Mean over 2 seeds of Linear probe and 1 seed of Fine-tuning" in html
+    assert "For orientation only: one seed says little" in html
 
 
 def test_one_init_is_a_report_without_differences(tmp_path: Path, no_pictures: None) -> None:

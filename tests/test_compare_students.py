@@ -2,17 +2,26 @@
 
 import csv
 import importlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import medclr
-from medclr.compare import check, compute, run_comparison
-from medclr.compare_plan import CompareConfig, InitConfig, read_config
+from medclr import checkpoint
+from medclr.compare import check, compute, run_comparison, student_words
+from medclr.compare_plan import CompareConfig, InitConfig, found, read_config
+from medclr.config import EncoderConfig
+from medclr.data.index import index
+from medclr.data.prepare import prepare
+from medclr.data.store import Store
+from medclr.distill import read_wish as read_distill
 from medclr.errors import MedclrError
 
 INITS = {
@@ -110,6 +119,69 @@ def test_what_would_stop_a_student_stops_before_the_first_cell(image_store: Path
         assert sentence in str(error.value)
     assert not (tmp_path / "c").exists()
     assert check(replace(plan, transductive=True))["distilled"] > 0
+
+
+@pytest.fixture
+def without_labels(image_store: Path, tmp_path: Path) -> Path:
+    """A store of the same 24 patients that knows neither labels nor splits."""
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    lines = "".join(f"{number:02d}.png,patient {number}\n" for number in range(24))
+    (tmp_path / "who.csv").write_text(f"file,patient_id\n{lines}")
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("00" * 32)  # that of image_store, and so the same pseudonyms
+    index([tmp_path], tmp_path / "m.csv", labels=tmp_path / "who.csv", modality="XR", key_file=key)
+    prepare(tmp_path / "m.csv", tmp_path / "store", size_px=32, key_file=key)
+    patients = [{scan.patient_id for scan in Store(path).scans} for path in (tmp_path / "store", image_store)]
+    assert patients[0] == patients[1]
+    return tmp_path / "store"
+
+
+def test_a_student_may_learn_from_a_store_of_its_own(
+    image_store: Path, without_labels: Path, tmp_path: Path, no_pictures: None
+) -> None:
+    """It is scored on the teacher's, and the test patients among its slices are found before the first cell."""
+    settings = {**INITS["distilled"].settings, "store": str(without_labels)}
+
+    def plan(**own: Any) -> CompareConfig:
+        student = InitConfig("same", teacher="random", settings=settings | own)
+        return plan_of(image_store, inits={"random": INITS["random"], "distilled": student})
+
+    out = tmp_path / "c"
+    results = run_comparison(plan(), out).results
+    assert [(row.init, row.reference) for row in results.taught] == [("distilled", "random")]
+    test = {scan.patient_id for scan in Store(image_store).scans if scan.split == "test"}
+    run_comparison(replace(plan(), keep_models=True, seeds=2), out)
+    kept = json.loads((cell(out, "distilled").parent / "1" / "model" / "model.json").read_text())
+    assert set(kept["patients"]) == {scan.patient_id for scan in Store(without_labels).scans} - test
+    with pytest.raises(MedclrError, match="are in both the distillation of distilled and the test set"):
+        run_comparison(plan(split=""), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert check(replace(plan(split=""), transductive=True))["distilled"] == len(test)
+
+
+def test_what_the_students_weights_have_seen_counts(image_store: Path, tmp_path: Path) -> None:
+    test = next(scan.patient_id for scan in Store(image_store).scans if scan.split == "test")
+    facts = {"patients": [test], "store_px": 32}
+    checkpoint.export_encoder(tmp_path / "run" / "encoder", tiny.used(tiny.Tiny()), facts)
+    settings = {**INITS["distilled"].settings, "student": "resnet18", "init": str(tmp_path / "run")}
+    student = InitConfig("same", teacher="random", settings=settings)
+    plan = plan_of(image_store, inits={"random": INITS["random"], "distilled": student})
+    with pytest.raises(MedclrError, match="are in both the distillation of distilled and the test set"):
+        check(plan)
+    assert found(plan)["distilled"]["weights"] != found(plan)["random"]["weights"]
+
+
+def test_students_have_the_settings_of_all(image_store: Path) -> None:
+    settings = SMALL | {"lr": 0.3, "precision": "bfloat16", "views": {"noise": 0.7, "strength": 0.1}, "validation": 0.0}
+    student = InitConfig("same", teacher="random", settings={"steps": 9, "views.strength": 0.2})
+    plan = plan_of(image_store, inits={"random": INITS["random"], "distilled": student}, settings=settings)
+    its = read_distill(student_words(plan, "distilled")).settings
+    assert (its.steps, its.batch, its.lr, its.precision, its.device) == (9, 4, 0.3, "bfloat16", "cpu")
+    assert (its.views.noise, its.views.strength) == (0.7, 0.2)
+    assert (its.size_px, its.network) == (None, EncoderConfig()), "the teacher's"
 
 
 @pytest.mark.parametrize("jobs", [1, 3])

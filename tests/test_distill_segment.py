@@ -1,5 +1,6 @@
 """Distillation of masks: each pixel has its opinion, unsure ones stay out, and students become teachers."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cohort import save_manifest, save_nifti
 from safetensors.torch import load_file
 from torch import Tensor
 
 import medclr
 from medclr.data.cases import read_cases
+from medclr.data.prepare import prepare
 from medclr.data.store import Store
 from medclr.distill import Distillation, DistillSummary, confident, distill, soft_cross_entropy
 from medclr.errors import MedclrError
 from medclr.finetune import finetune
+from medclr.outcomes import read_outcome
 from medclr.tasks import segment
 from medclr.track import read_metrics
 from medclr.trained import load_model
@@ -232,3 +236,62 @@ def test_what_cannot_work_is_one_sentence(
 ) -> None:
     with pytest.raises(MedclrError, match=sentence):
         run(volume_store, tmp_path / "run", teacher, **settings)
+
+
+# ---- whose slices
+
+
+def two_modalities(folder: Path, split: str) -> Path:
+    """A store of MR and CT volumes of the same eight patients, all with masks; named splits or none."""
+    rng, rows = np.random.default_rng(0), []
+    for number, modality in itertools.product(range(8), ("MR", "CT")):
+        mask = np.zeros((16, 16, 3), dtype=np.uint8)
+        mask[4:9, 3 + number % 3 : 12] = 1
+        voxels = (100 + 80 * mask + rng.normal(0, 5, mask.shape)).astype(np.float32)
+        name = f"{modality}{number}.nii"
+        files = {"path": save_nifti(folder / name, voxels), "mask": save_nifti(folder / "masks" / name, mask)}
+        named = {"split": "train" if number < 5 else "test"} if split else {}
+        rows.append({**files, **named, "modality": modality, "patient": f"p{number}"})
+    prepare(save_manifest(folder / "scans.csv", rows), folder / "store", size_px=16)
+    return folder / "store"
+
+
+def test_a_student_learns_from_the_teachers_modality_and_is_scored_on_it(tmp_path: Path) -> None:
+    store = two_modalities(tmp_path, "named")
+    finetune(store, tmp_path / "teacher", task="segment", cases="2", modality="MR", settings=TEACHER | {"steps": 3})
+    theirs = read_outcome(tmp_path / "teacher" / "predictions.csv")
+    for out, teacher in (("student", "teacher"), ("second", "student")):  # a student may teach in turn
+        run(store, tmp_path / out, tmp_path / teacher)
+        assert read_outcome(tmp_path / out / "predictions.csv").scan_id == theirs.scan_id
+        assert load_model(tmp_path / out).facts["modalities"] == ["MR"]
+    run(store, tmp_path / "asked", tmp_path / "teacher", modality="CT")
+    assert load_model(tmp_path / "asked").facts["modalities"] == ["CT"]
+    assert not set(read_outcome(tmp_path / "asked" / "predictions.csv").scan_id) & set(theirs.scan_id)
+    with pytest.raises(MedclrError, match=r"holds no scans \(XR of split train\) to learn from"):
+        run(store, tmp_path / "none", tmp_path / "teacher", modality="XR")
+
+
+def test_without_named_splits_the_teachers_test_patients_are_left_out(tmp_path: Path) -> None:
+    store = two_modalities(tmp_path, "")
+    finetune(store, tmp_path / "teacher", task="segment", cases="2", settings=TEACHER | {"steps": 3})
+    test = set(read_cases(tmp_path / "teacher" / "cases.csv").test)
+    summary = run(store, tmp_path / "student", tmp_path / "teacher")
+    assert summary.stamp == ""
+    everyone = {scan.patient_id for scan in Store(store).scans}
+    assert test
+    assert load_model(tmp_path / "student").patients == everyone - test
+    with pytest.raises(MedclrError, match=f"trained on {len(test)} of the {len(test)} test patients"):
+        run(store, tmp_path / "all", tmp_path / "teacher", split="")
+
+
+def test_the_students_network_is_the_one_that_is_asked_for(volume_store: Path, teacher: Path, tmp_path: Path) -> None:
+    run(volume_store, tmp_path / "run", teacher, **{"network.width": 0.5, "network.stem": "small"})
+    config = load_model(tmp_path / "run").model.encoder.config
+    assert (config.name, config.width, config.stem) == ("resnet34", 0.5, "small")
+    for student, settings, sentence in (
+        ("same", {"network.width": 0.5}, "network: the student 'same' has the teacher's"),
+        ("resnet34", {"network.name": "resnet50"}, "network.name: resnet50, but --student is resnet34"),
+        ("resnet34", {"network.slices": 3}, "network.slices: 3, but the teacher sees 1"),
+    ):
+        with pytest.raises(MedclrError, match=sentence):
+            run(volume_store, tmp_path / "none", teacher, student, **settings)
