@@ -192,7 +192,8 @@ def make_method(norm: bool = True, **settings: Any) -> Method:
 
 
 def batch_of() -> Batch:
-    batch = a_batch(("MR", "XR"), N, 24)
+    """Two patients; of the slices within 0.3 of each other two are of one group, two are of single images."""
+    batch = replace(a_batch(("MR", "XR"), N, 24), group=torch.tensor([3, 1, -3, 1, 3, 1, -7, 9]))
     return replace(batch, position=torch.linspace(0, 1, N), scan=torch.arange(N) // 2, patient=torch.arange(N) // 4)
 
 
@@ -222,7 +223,7 @@ def test_gradient_caching_is_exact(way: dict[str, Any], chunk: int) -> None:
 
 
 def test_the_loss_is_that_of_the_points_and_of_the_slices() -> None:
-    settings: dict[str, Any] = {"global_weight": 2.0, "global_positives": "position", "temperature": 0.3}
+    settings: dict[str, Any] = {**WAYS[3], "temperature": 0.3}
     method, batch = make_method(**settings).eval(), batch_of()
     draws, rows = Draws(VIEWS, N, seed=1, step=3), torch.arange(N)
     views = [draws.view(batch, view, rows).double() for view in (0, 1)]
@@ -242,7 +243,7 @@ def test_the_loss_is_that_of_the_points_and_of_the_slices() -> None:
     points_loss = point_nt_xent(
         *local, 0.3, source=here[:, :, 2:4], exists=here[:, :, 4], slices=batch, distance=2.0, reach=1
     )
-    slices_loss = positional_nt_xent(*whole, 0.3, places=batch, reach=0.1)
+    slices_loss = positional_nt_xent(*whole, 0.3, places=batch, reach=0.3)
     torch.testing.assert_close(loss, points_loss + 2 * slices_loss)
     torch.testing.assert_close(logs["local_loss"] + 2 * logs["global_loss"], loss.detach())
     assert logs["points"] == here[:, :, 4].sum() / N

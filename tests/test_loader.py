@@ -7,19 +7,21 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cohort import mixed_cohort
+from cohort import mixed_cohort, save_manifest, save_nifti
+from PIL import Image
 
 import medclr.data.blobs as blobs
 import medclr.data.loader as loading
 import medclr.data.prepare as preparing
 from medclr.data.blobs import Folder
 from medclr.data.loader import Batch, Facts, Loader, load_batch, load_facts
+from medclr.data.manifest import read_manifest, write_manifest
 from medclr.data.prepare import prepare
 from medclr.data.store import Store
 from medclr.errors import MedclrError
@@ -163,6 +165,73 @@ def test_facts_are_a_batch_without_its_pixels(store):
     assert_same(facts, batch.facts())
     assert_same(Facts.cat([facts.select(slice(0, 2)), facts.select(slice(2, 3))]), facts)
     assert not hasattr(facts, "images")
+
+
+# Which slices may show the same anatomy
+
+KINDS = [
+    ("MR", "axial", "brain"),  # two scans of each kind
+    ("MR", "axial", "brain"),
+    ("MR", "sagittal", "brain"),
+    ("MR", "sagittal", "brain"),
+    ("MR", "axial", "knee"),
+    ("CT", "axial", "brain"),
+    ("MR", "axial", ""),
+    ("MR", "", ""),
+    ("MR", "", ""),
+]
+
+
+def store_of_kinds(folder: Path, order: list[int]) -> Store:
+    """A volume of 2 to 4 slices a kind, in that order, then an MR and two X-rays of a single slice."""
+    rng, scans = np.random.default_rng(0), []
+    for i in order:
+        voxels = rng.gamma(2, 100, (3 + i % 2, 4, 2 + i % 3)).astype(np.int16)
+        scans.append({"path": save_nifti(folder / f"volume{i}.nii.gz", voxels), "modality": KINDS[i][0]})
+    flat = rng.gamma(2, 100, (4, 4, 1)).astype(np.int16)
+    scans.append({"path": save_nifti(folder / "flat.nii.gz", flat), "modality": "MR"})
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (9, 9), dtype=np.uint8)).save(folder / f"xr{i}.png")
+        scans.append({"path": folder / f"xr{i}.png", "modality": "XR"})
+    known = read_manifest(save_manifest(folder / "scans.csv", scans))
+    kinds = [*(KINDS[i] for i in order), KINDS[0], ("XR", "", "chest"), ("XR", "", "chest")]
+    rows = [replace(row, plane=plane, body_part=part) for row, (_, plane, part) in zip(known.rows, kinds, strict=True)]
+    manifest = write_manifest(folder / "kinds.csv", rows, known.file_rows, []).path
+    prepare(manifest, folder / "store", size_px=8)
+    return Store(folder / "store")
+
+
+def test_slices_of_a_group_are_volumes_of_one_modality_plane_and_body_part(tmp_path):
+    store = store_of_kinds(tmp_path / "a", [*range(9)])
+    facts = load_facts(store, store.indices())
+    group, scan = facts.group.tolist(), facts.scan.tolist()
+    assert {store.scans[row].plane for row in scan} == {"axial", "sagittal", ""}
+    for i, one in enumerate(scan):
+        for j, other in enumerate(scan):
+            is_alike = max(one, other) < 9 and KINDS[one] == KINDS[other]
+            assert (group[i] == group[j]) == (is_alike or one == other)
+    assert [number < 0 for number in group] == [row >= 9 for row in scan], "single images"
+    batch = load_batch(store, store.indices()[::-1].copy())
+    assert batch.group.dtype == torch.int64
+    assert batch.group.tolist() == group[::-1]
+    assert Facts.cat([facts.select(slice(4, None)), facts.select(slice(0, 4))]).group.tolist() == group[4:] + group[:4]
+
+    code = "import sys; from medclr.data.loader import *; store = Store(sys.argv[1]);"
+    code += "print(load_facts(store, store.indices()).group.tolist())"
+    done = subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{group}\n", ""), "another process calls them the same"
+
+    # of the words alone: another store of some of these scans calls their groups the same
+    order = [8, 3, 0]
+    some = load_facts(other := store_of_kinds(tmp_path / "b", order), other.indices())
+    named = dict(zip(scan, group, strict=True))
+    assert [named[order[row]] for row in some.scan.tolist() if row < 3] == [g for g in some.group.tolist() if g >= 0]
+
+
+def test_a_batch_that_is_made_by_hand_is_grouped_by_modality(store):
+    batch = load_batch(store, [2, 52])
+    by_hand = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "group"}
+    assert Batch(**by_hand).group.tolist() == batch.modality.tolist()
 
 
 # Shards that are read one after another

@@ -30,24 +30,41 @@ def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.TILE, "cpu", 5)
 
 
-@dataclass(frozen=True)
-class Places:
-    patient: Tensor
-    modality: Tensor
-    position: Tensor
-
-    def __getitem__(self, rows: Any) -> "Places":
-        return Places(self.patient[rows], self.modality[rows], self.position[rows])
-
-
-PLACES = Places(
-    patient=torch.tensor([4, 4, 4, 9, 9, 2, 2, 5]),
-    modality=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]),  # the last is of another modality
-    position=torch.tensor([0.0, 0.02, 0.5, 0.01, 0.45, 0.5, 1.0, 0.5], dtype=torch.float64),
+KINDS = (
+    ("MR", "axial", "brain", 30),  # modality, plane, body part, depth
+    ("CT", "axial", "brain", 30),
+    ("MR", "sagittal", "brain", 30),
+    ("MR", "axial", "knee", 30),
+    ("MR", "", "", 30),
+    ("MR", "axial", "brain", 1),
+    ("MR", "", "", 1),
 )
 
 
-def pairs(n: int = 8, k: int = 5) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Places:
+    patient: Tensor
+    kind: Tensor
+    position: Tensor
+
+    @property
+    def group(self) -> Tensor:
+        return torch.where(self.kind < 5, self.kind, -1 - self.patient)  # a single image is in a group of its own
+
+    def __getitem__(self, rows: Any) -> "Places":
+        return Places(self.patient[rows], self.kind[rows], self.position[rows])
+
+
+PLACES = Places(
+    patient=torch.tensor([4, 4, 4, 9, 9, 2, 2, 5, 7, 8, 3, 3, 6, 10, 11, 12]),
+    kind=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 5, 5, 2, 2, 3, 4, 4, 6]),
+    position=torch.tensor(
+        [0.0, 0.02, 0.5, 0.01, 0.45, 0.5, 1.0, 0.5, 0.5, 0.5, 0.01, 0.45, 0.48, 0.5, 0.46, 0.5], dtype=torch.float64
+    ),
+)
+
+
+def pairs(n: int = 16, k: int = 5) -> tuple[Tensor, Tensor]:
     a, b = torch.randn(2, n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return a, b
 
@@ -57,7 +74,8 @@ def slow(a: Tensor, b: Tensor, temperature: float, places: Places, reach: float)
     views = [[float(v) for v in row] for row in torch.cat([a, b])]
     norms = [math.sqrt(sum(v * v for v in row)) for row in views]
     n, total = len(a), 0.0
-    patient, modality, position = (c.tolist() * 2 for c in (places.patient, places.modality, places.position))
+    patient, position = places.patient.tolist() * 2, places.position.tolist() * 2
+    kind = [KINDS[number] for number in places.kind.tolist()] * 2
 
     def score(i: int, j: int) -> float:
         return sum(p * q for p, q in zip(views[i], views[j], strict=True)) / (norms[i] * norms[j]) / temperature
@@ -65,7 +83,7 @@ def slow(a: Tensor, b: Tensor, temperature: float, places: Places, reach: float)
     def weight(i: int, j: int) -> float:
         if i % n == j % n:
             return 1.0
-        if patient[i] == patient[j] or modality[i] != modality[j]:
+        if patient[i] == patient[j] or kind[i] != kind[j] or kind[i][3] == 1:
             return 0.0
         return max(0.0, 1 - float(abs(position[i] - position[j])) / reach)
 
@@ -81,7 +99,7 @@ def slow(a: Tensor, b: Tensor, temperature: float, places: Places, reach: float)
 
 @forms
 @reaches
-@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("n", [2, 8, 16])
 def test_equals_the_definition(form: Any, reach: float, n: int) -> None:
     a, b = pairs(n)
     loss = positional_nt_xent(a, b, 0.3, places=PLACES[:n], reach=reach, form=form)
@@ -90,10 +108,10 @@ def test_equals_the_definition(form: Any, reach: float, n: int) -> None:
 
 @forms
 def test_equal_embeddings_give_the_log_of_what_is_compared(form: Any) -> None:
-    same = torch.ones(8, 3, dtype=torch.float64)
+    same = torch.ones(16, 3, dtype=torch.float64)
     loss = positional_nt_xent(same, same, 0.1, places=PLACES, reach=0.1, form=form)
-    compared = [13, 13, 15, 15, 15, 15, 15, 15]  # two slices of a patient are near each other, and left out
-    assert loss.item() == pytest.approx(sum(map(math.log, compared)) / 8, abs=1e-12)
+    compared = [29] * 2 + [31] * 14  # two slices of a patient are near each other, and left out
+    assert loss.item() == pytest.approx(sum(map(math.log, compared)) / 16, abs=1e-12)
 
 
 @forms
@@ -110,7 +128,20 @@ def test_patients_that_agree_at_every_place_closed_form(form: Any) -> None:
 @forms
 def test_without_anything_near_it_is_nt_xent(form: Any) -> None:
     a, b = pairs()
-    places = replace(PLACES, position=torch.arange(8) / 7)
+    places = replace(PLACES, position=torch.arange(16) / 15)
+    torch.testing.assert_close(positional_nt_xent(a, b, 0.2, places=places, reach=0.05, form=form), nt_xent(a, b, 0.2))
+
+
+@forms
+@pytest.mark.parametrize(
+    "kind",
+    [[5, 5, 6, 6], [0, 1, 5, 5], [0, 2, 5, 6], [0, 3, 1, 5], [0, 4, 5, 6]],
+    ids=["single images", "modalities", "planes", "body parts", "not recorded"],
+)
+def test_what_shows_nothing_alike_does_not_attract(form: Any, kind: list[int]) -> None:
+    """Four patients, all but one slice at the same height."""
+    a, b = pairs(5)
+    places = Places(torch.arange(5), torch.tensor([*kind, 0]), torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0]))
     torch.testing.assert_close(positional_nt_xent(a, b, 0.2, places=places, reach=0.1, form=form), nt_xent(a, b, 0.2))
 
 
@@ -157,7 +188,7 @@ def test_weights_are_made_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
 @forms
 def test_order_scale_and_role_do_not_matter(form: Any) -> None:
     a, b = pairs()
-    order = torch.tensor([3, 1, 5, 0, 7, 2, 4, 6])
+    order = torch.tensor([3, 1, 5, 0, 7, 2, 4, 6, 13, 15, 8, 12, 10, 14, 9, 11])
 
     def loss(a: Tensor, b: Tensor, places: Places) -> Tensor:
         return positional_nt_xent(a, b, 0.2, places=places, reach=0.3, form=form)
@@ -171,13 +202,15 @@ def test_order_scale_and_role_do_not_matter(form: Any) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     a, b = pairs()
-    with pytest.raises(MedclrError, match="position of 8 slices, and got none"):
+    with pytest.raises(MedclrError, match="position of 16 slices, and got none"):
         positional_nt_xent(a, b, 0.1, places=None, reach=0.1)
-    with pytest.raises(MedclrError, match="position of 8 slices, and got those of 3"):
+    with pytest.raises(MedclrError, match="position of 16 slices, and got those of 3"):
         positional_nt_xent(a, b, 0.1, places=PLACES[:3], reach=0.1)
-    flat = replace(PLACES, position=torch.full((8,), 0.5))
-    with pytest.raises(MedclrError, match="all slices of a batch are at one place"):
-        positional_nt_xent(a, b, 0.1, places=flat, reach=0.1)
+    flat = replace(PLACES, position=torch.full((16,), 0.5))
+    images = replace(flat, kind=torch.tensor([5, 6] * 8))
+    for nowhere in (flat, images):
+        with pytest.raises(MedclrError, match="all slices of a batch are at one place"):
+            positional_nt_xent(a, b, 0.1, places=nowhere, reach=0.1)
     for wrong, named in (
         ({"reach": 0.0}, "reach: 0.0"),
         ({"temperature": 0.0}, "temperature"),
@@ -192,7 +225,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 def every_loss(group: Group) -> dict[str, Any]:
     """Loss of all processes and gradient of this one's embeddings, for each form."""
-    rows = slice(group.rank * 8 // group.world_size, (group.rank + 1) * 8 // group.world_size)
+    rows = slice(group.rank * 16 // group.world_size, (group.rank + 1) * 16 // group.world_size)
     results = {}
     for form in FORMS:
         a, b = (x[rows].clone().requires_grad_() for x in pairs())
@@ -203,15 +236,16 @@ def every_loss(group: Group) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_real_processes_equal_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_real_processes_equal_one(processes: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
     environment = {**os.environ, "PYTHONWARNINGS": "error::FutureWarning", "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path)], check=True, timeout=280, env=environment)
-    two = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]
     for name, (loss, *gradients) in every_loss(Group()).items():
-        for rank in range(2):
-            torch.testing.assert_close(two[rank][name][0], loss, rtol=1e-12, atol=1e-12)
-        gathered = [torch.cat(parts) for parts in zip(two[0][name][1:], two[1][name][1:], strict=True)]
+        for of_rank in found:
+            torch.testing.assert_close(of_rank[name][0], loss, rtol=1e-12, atol=1e-12)
+        gathered = [torch.cat(parts) for parts in zip(*(of_rank[name][1:] for of_rank in found), strict=True)]
         torch.testing.assert_close(gathered, gradients, rtol=1e-12, atol=1e-12)
 
 

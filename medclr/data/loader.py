@@ -10,12 +10,14 @@ slices are shuffled within a window of shards, and the next window is read while
 Shape letters: n slices of an epoch, B slices of a batch, S = size_px.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from threading import Event
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medclr.data.store import Store
+from medclr.data.tables import StoredScan
 from medclr.errors import MedclrError
 
 READ_AHEAD = 3
@@ -60,6 +63,13 @@ class Facts:
     """int64 [B], index into the store's labels; -1 = none."""
     modalities: tuple[str, ...]
     """Names, keys of ``medclr.scans.modality.MODALITIES``."""
+    group: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    """int64 [B], the same for volumes of one modality, plane and body part; below 0, and nobody else's, for a scan that
+    is a single image. Left out, of a batch that is made by hand: the modality."""
+
+    def __post_init__(self) -> None:
+        if cast(Tensor | None, self.group) is None:
+            object.__setattr__(self, "group", self.modality)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -136,13 +146,27 @@ def _columns(store: Store, indices: NDArray[np.int64]) -> dict[str, Any]:
     floats = {name: column(name, np.float32) for name in ("low", "high", "air", "position")}
     whole = {name: column(name, np.int64) for name in ("modality", "scan", "patient", "slice_index", "label")}
     box = [column(f"content_{name}", np.float32) for name in ("top", "left", "height", "width")]  # [B] each
+    scans = store.scans
+    groups = [_group(scans[row], row) for row in whole["scan"].tolist()]
     return {
         "index": torch.from_numpy(indices.copy()),
         "content": torch.stack(box, 1),
+        "group": torch.tensor(groups, dtype=torch.int64),
         **floats,
         **whole,
         "modalities": store.info.modalities,
     }
+
+
+def _group(scan: StoredScan, row: int) -> int:
+    """``Facts.group`` of the slices of a scan, which is that row of its store."""
+    return -1 - row if scan.depth == 1 else _number(scan.modality, scan.plane, scan.body_part)
+
+
+@cache
+def _number(*words: str) -> int:
+    """At least 0, and of the words alone: the same in every process and every store; an unknown '' is a word too."""
+    return int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:8], "big") >> 1  # 63 bits: never equal
 
 
 class Loader:

@@ -25,7 +25,7 @@ class Places(Protocol):
     def patient(self) -> Tensor: ...
 
     @property
-    def modality(self) -> Tensor: ...
+    def group(self) -> Tensor: ...
 
     @property
     def position(self) -> Tensor: ...
@@ -45,17 +45,18 @@ def positional_nt_xent(
 
         L(i) = log sum over j in A(i) of exp s(i,j)  -  sum over j of w(i,j) s(i,j) / sum over j of w(i,j)
 
-    w(i,j) is 1 for the view's twin; for a slice of another patient, of the same modality, at a distance d of relative
-    positions it is 1 - d / reach, and 0 from ``reach`` on; for the patient's own slices it is 0. A(i) are all views but
-    i itself and the patient's other slices nearer than ``reach``: they look alike, and are neither positives nor
-    negatives. With all embeddings equal L is log |A(i)|.
+    w(i,j) is 1 for the view's twin; for a slice of another patient, of the same group (modality, plane and body part),
+    at a distance d of relative positions it is 1 - d / reach, and 0 from ``reach`` on; for the patient's own slices and
+    for other groups it is 0. A single image has no height: a group of its own leaves it its twin, and it is a negative
+    like any other. A(i) are all views but i itself and the patient's other slices nearer than ``reach``: they look
+    alike, and are neither positives nor negatives. With all embeddings equal L is log |A(i)|.
 
     Args:
         a: embeddings of the first views [B,K], of any norm.
         b: embeddings of the second views [B,K]: row i is the twin of row i of ``a``.
         temperature: divides the cosines.
         gather: as in ``nt_xent``.
-        places: patient, modality and position in [0,1] of the B slices.
+        places: patient, group and position in [0,1] of the B slices.
         reach: distance from which slices no longer attract each other.
         form: as in ``nt_xent``.
 
@@ -68,7 +69,7 @@ def positional_nt_xent(
     if places is None or len(places.position) != len(a):
         got = "none" if places is None else f"those of {len(places.position)}"
         raise MedclrError(f"contrast by position: needs the patient and the position of {len(a)} slices, and got {got}")
-    columns = torch.stack([places.patient, places.modality], 1).to(a.device).repeat(2, 1)  # [2B,2]
+    columns = torch.stack([places.patient, places.group], 1).to(a.device).repeat(2, 1)  # [2B,2]
     position = places.position.to(a.device).repeat(2)  # [2B]
     if gather is not None:
         columns, position = gather.all_gather(columns), gather.all_gather(position)  # [2N,2], [2N]
@@ -94,8 +95,8 @@ class Positional:
     patient: Tensor
     """int64 [2N]."""
 
-    modality: Tensor
-    """int64 [2N]."""
+    group: Tensor
+    """int64 [2N]: slices of other groups show nothing alike."""
 
     position: Tensor
     """[2N], in [0,1]."""
@@ -115,7 +116,7 @@ class Positional:
         """w [R,C] of ``positional_nt_xent``, with 0 for the view itself."""
         distance = (self.position[rows, None] - self.position[columns]).abs_()  # [R,C]
         w = distance.div_(-self.reach).add_(1).clamp_(min=0)
-        w *= (self.patient[rows, None] != self.patient[columns]) & (self.modality[rows, None] == self.modality[columns])
+        w *= (self.patient[rows, None] != self.patient[columns]) & (self.group[rows, None] == self.group[columns])
         w += self.image[rows, None] == self.image[columns]
         w.diagonal(rows.start - columns.start).zero_()
         return w

@@ -1,7 +1,8 @@
 """Contrast by position: Chaitanya et al. (arXiv 2006.10511, loss G^D) and Zeng et al. (arXiv 2106.09157).
 
 Volumes of the same body part show the same anatomy at the same relative height, so their slices there are positives of
-each other, without any label. It asks for volumes that begin and end at like places.
+each other, without any label: those of the same modality, plane and body part, as far as the scans record them. It asks
+for volumes that begin and end at like places. Single images among them have no height, and attract their twins alone.
 
 Letters: B images, K components of the embedding.
 """
