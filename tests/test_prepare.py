@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +20,7 @@ from medclr.data.encode import blank_slices, encode, encode_mask, encoding_of
 from medclr.data.index import index
 from medclr.data.manifest import SourceFiles, read_manifest
 from medclr.data.prepare import plan, prepare
+from medclr.data.shard import Shard
 from medclr.data.store import Store, to_source_grid, verify
 from medclr.errors import MedclrError, ScanError
 from medclr.scans.scan import Scan
@@ -264,9 +266,9 @@ def test_a_scan_of_blank_slices_is_refused(tmp_path):
 @pytest.mark.usefixtures("small_shards")
 def test_bytes_do_not_depend_on_interruption(tmp_path, monkeypatch):
     manifest = mixed_cohort(tmp_path)
-    shards = plan(read_manifest(manifest), 32)
+    shards = plan(read_manifest(manifest), 24)
     assert len(shards) == 10
-    prepare(manifest, tmp_path / "plain", size_px=32)
+    prepare(manifest, tmp_path / "plain", size_px=24)
 
     decoded: list[str] = []
     decode = sharding.decode
@@ -279,26 +281,27 @@ def test_bytes_do_not_depend_on_interruption(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sharding, "decode", interrupted_decode)
     with pytest.raises(KeyboardInterrupt):
-        prepare(manifest, tmp_path / "resumed", size_px=32)
+        prepare(manifest, tmp_path / "resumed", size_px=24)
     assert not list((tmp_path / "resumed").glob(".*"))
     with pytest.raises(MedclrError, match="unfinished; run the same medclr prepare to go on"):
         Store(tmp_path / "resumed")
-    with pytest.raises(MedclrError, match=r"holds a store of mixed\.csv .*at 32 px .* choose another --out"):
+    with pytest.raises(MedclrError, match=r"holds a store of mixed\.csv .*at 24 px .* choose another --out"):
         prepare(manifest, tmp_path / "resumed", size_px=16)
     decoded[:] = ["skipped"]
     monkeypatch.setattr(sharding, "decode", lambda row, source: (decoded.append(row.scan_id), decode(row, source))[1])
-    prepare(manifest, tmp_path / "resumed", size_px=32)
+    prepare(manifest, tmp_path / "resumed", size_px=24)
     assert len(decoded) - 1 == 5, "what was finished is not decoded again"
 
     assert contents(tmp_path / "plain") == contents(tmp_path / "resumed")
-    assert verify(tmp_path / "plain").endswith("is whole: 55 slices of 10 scans in 15 files")
+    assert verify(tmp_path / "plain").endswith("is whole: 55 slices of 10 scans in 17 files")
 
 
+@pytest.mark.parametrize("damaged", ["slices-00002.npy", "masks-00002.npy", "truth-00002.npz"])
 @pytest.mark.usefixtures("small_shards")
-def test_only_what_is_whole_is_taken_over(tmp_path, monkeypatch):
+def test_only_what_is_whole_is_taken_over(tmp_path, monkeypatch, damaged):
     """After a power failure a file may hold anything, and the last line of the journal may be cut short."""
     manifest = mixed_cohort(tmp_path)
-    prepare(manifest, tmp_path / "plain", size_px=32)
+    prepare(manifest, tmp_path / "plain", size_px=24)
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -307,15 +310,15 @@ def test_only_what_is_whole_is_taken_over(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_finish", stopped)
         with pytest.raises(KeyboardInterrupt):
-            prepare(manifest, out, size_px=32)
-    (out / "slices-00002.npy").write_bytes(bytes((out / "slices-00002.npy").stat().st_size))
-    (out / "masks-00004.npy").unlink()
+            prepare(manifest, out, size_px=24)
+    (out / damaged).write_bytes(bytes((out / damaged).stat().st_size))
+    (out / damaged.replace("2", "4")).unlink()
     journal = out / "unfinished.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     decoded: list[str] = []
     decode = sharding.decode
     monkeypatch.setattr(sharding, "decode", lambda row, source: (decoded.append(row.path), decode(row, source))[1])
-    prepare(manifest, out, size_px=32)
+    prepare(manifest, out, size_px=24)
     assert decoded == ["mr0.nii.gz", "mr1.nii.gz", "xr3.png"]
     assert contents(out) == contents(tmp_path / "plain")
 
@@ -323,8 +326,9 @@ def test_only_what_is_whole_is_taken_over(tmp_path, monkeypatch):
 def test_workers_write_the_same_bytes(tmp_path, monkeypatch):
     manifest = mixed_cohort(tmp_path)
     monkeypatch.setattr(preparing, "SHARD_SLICES", 8)
-    prepare(manifest, tmp_path / "one", size_px=32)
-    prepare(manifest, tmp_path / "two", size_px=32, workers=2)
+    prepare(manifest, tmp_path / "one", size_px=24)
+    prepare(manifest, tmp_path / "two", size_px=24, workers=2)
+    assert len(list((tmp_path / "one").glob("truth-*"))) == 2
     assert len(Store(tmp_path / "two").info.shard_slices) == 7
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -341,6 +345,18 @@ def test_shards_are_several_yet_bounded(tmp_path, size_px, n_shards, largest):
     assert [row for shard in shards for row, _ in shard.scans] == rows
     assert len(shards) == n_shards
     assert max(shard.n_slices for shard in shards) == largest
+
+
+def test_the_disk_must_have_room_for_masks_that_are_kept_as_they_are(tmp_path, monkeypatch):
+    table = read_manifest(mixed_cohort(tmp_path))
+    row = replace(table.rows[2], n_slices=100, rows=512, columns=512)
+    shards = [Shard(0, [(row, table.files[row.scan_id])])]
+    needed = 100 * (4 * 64**2 + 512**2 // 16)  # slices, masks; and a 32nd of 2 bytes a voxel
+    monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    preparing._check_space(tmp_path, shards, 64)
+    monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(MedclrError, match="the store needs 3 MB more"):
+        preparing._check_space(tmp_path, shards, 64)
 
 
 def test_broken_scans_are_listed_and_the_rest_is_kept(tmp_path):

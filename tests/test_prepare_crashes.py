@@ -53,17 +53,19 @@ preparing.SHARDS, preparing.SHARD_SLICES = 1000, 1
 
 if __name__ == "__main__":
     try:
-        preparing.prepare(Path(sys.argv[1]), Path(sys.argv[2]), size_px=32, workers=int(sys.argv[3]))
+        preparing.prepare(Path(sys.argv[1]), Path(sys.argv[2]), size_px=int(sys.argv[4]), workers=int(sys.argv[3]))
     except (MedclrError, KeyboardInterrupt) as error:
         sys.exit(f"{{type(error).__name__}}: {{error}}")
 """
 
 
-def start(tmp_path: Path, action: str, manifest: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, action: str, manifest: Path, out: Path, workers: int = 2, size_px: int = 32
+) -> subprocess.Popen[str]:
     """Prepare in a session of its own; ``action`` is done before each scan."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(action=action))
-    command = [sys.executable, str(script), str(manifest), str(out), str(workers)]
+    command = [sys.executable, str(script), str(manifest), str(out), str(workers), str(size_px)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -145,11 +147,12 @@ def test_interrupted_workers_leave_and_the_next_run_goes_on(tmp_path, how):
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path, workers, moments):
     """All processes die at once, as in a power failure; moments are spread over the time in which files are written."""
     manifest = mixed_cohort(tmp_path)
-    prepare(manifest, tmp_path / "plain", size_px=32)
+    prepare(manifest, tmp_path / "plain", size_px=24)  # so small that masks are shrunk
+    assert list((tmp_path / "plain").glob("truth-*"))
     out, slowly = tmp_path / "store", "time.sleep(0.03)"
 
     def begin() -> subprocess.Popen[str]:
-        process = start(tmp_path, slowly, manifest, out, workers)
+        process = start(tmp_path, slowly, manifest, out, workers, size_px=24)
         wait_for((out / "unfinished.jsonl").exists)
         return process
 
@@ -168,7 +171,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
-        prepare(manifest, out, size_px=32)
+        prepare(manifest, out, size_px=24)
         assert contents(out) == contents(tmp_path / "plain")
     assert killed >= moments / 3
 

@@ -1,14 +1,17 @@
 """Segmentation: what is learnt from, what comes out, and its scores in millimetres against slow references."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cohort import save_manifest, save_nifti
+from nibabel.orientations import axcodes2ornt, ornt_transform
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
@@ -19,7 +22,7 @@ from medclr.augment.views import plain_view
 from medclr.config import EncoderConfig, ViewsConfig
 from medclr.data.loader import Batch, load_batch
 from medclr.data.prepare import prepare
-from medclr.data.store import Store
+from medclr.data.store import Store, to_source_grid, verify
 from medclr.errors import MedclrError
 from medclr.models.encoder import Encoder, build_encoder
 from medclr.outcomes import Segmented
@@ -45,22 +48,32 @@ def a_scan(rng: np.random.Generator, number: int) -> tuple[NDArray, NDArray]:
     return voxels.astype(np.float32), mask
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def make_store(folder: Path, spacing_mm: tuple[float, float, float]) -> Store:
     """Seven MR volumes with masks of six patients, one without, and a radiograph without."""
-    folder = tmp_path_factory.mktemp("masks")
     rng = np.random.default_rng(0)
     scans: list[dict[str, Any]] = []
     for number in range(8):
         voxels, mask = a_scan(rng, number)
-        scan = {"path": save_nifti(folder / f"mr{number}.nii.gz", voxels, SPACING_MM), "modality": "MR"}
+        scan = {"path": save_nifti(folder / f"mr{number}.nii.gz", voxels, spacing_mm), "modality": "MR"}
         if number < 7:
-            scan["mask"] = save_nifti(folder / "masks" / f"mr{number}.nii.gz", mask, SPACING_MM)
+            scan["mask"] = save_nifti(folder / "masks" / f"mr{number}.nii.gz", mask, spacing_mm)
         scans.append(scan | {"patient": f"p{min(number, 5)}"})
     Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(folder / "xr.png")
     scans.append({"path": folder / "xr.png", "modality": "XR", "patient": "p9"})
     prepare(save_manifest(folder / "scans.csv", scans), folder / "store", size_px=32)
     return Store(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The MR have oblong pixels, which are stored as squares: 30 columns become 20."""
+    return make_store(tmp_path_factory.mktemp("masks"), SPACING_MM)
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The same of square pixels: nothing is shrunk."""
+    return make_store(tmp_path_factory.mktemp("fine"), (1.5, 1.5, 4.0))
 
 
 def a_model(task: Task, size_px: int = 32, **settings: Any) -> Model:
@@ -350,8 +363,8 @@ def test_absent_classes_follow_the_conventions() -> None:
     np.testing.assert_allclose(hd95, [np.nan, diagonal, diagonal])
 
 
-def test_perfect_predictions_and_a_shift_by_a_slice(store: Store) -> None:
-    task = Task(Config(), store)
+def test_perfect_predictions_and_a_shift_by_a_slice(fine: Store) -> None:
+    task = Task(Config(), fine)
     judged = task.judge(Oracle(task), task.scans)  # type: ignore[arg-type]
     assert (judged.kind, judged.classes) == ("segmented", ("1", "7"))
     assert list(judged.patient_id) == ["p0", "p1", "p2", "p3", "p4", "p5", "p5"]
@@ -362,6 +375,101 @@ def test_perfect_predictions_and_a_shift_by_a_slice(store: Store) -> None:
     along = task.judge(Oracle(task, lambda labels: np.roll(labels, 1, 0)), one)  # type: ignore[arg-type]
     np.testing.assert_allclose(along.hd95_mm, SPACING_MM[2])
     np.testing.assert_allclose(along.dice, 5 / 6)  # six slices, five of them in common
+
+
+DISCS = {3: 6, 9: 3}
+"""Label -> radius in voxels of 64 x 64, of which 16 x 16 are stored."""
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[NDArray]]:
+    """Two discs on four of six slices, one slice blank, with the axes of the file in several orders; an image of one
+    slice; and a volume in which label 9 is a single voxel that no stored pixel falls upon. And their mask files."""
+    folder, rng = tmp_path_factory.mktemp("discs"), np.random.default_rng(1)
+    x, y = np.mgrid[:64, :64]
+    scans, masks = [], []
+    for number, (axes, depth) in enumerate((("RAS", 6), ("LPI", 6), ("SLA", 6), ("AIR", 6), ("RAS", 1), ("RAS", 6))):
+        mask = np.zeros((64, 64, depth), dtype=np.uint8)
+        for label, radius in DISCS.items():
+            cx, cy = rng.uniform(12, 24) + 28 * (label == 9), rng.uniform(12, 52)
+            mask[(x - cx) ** 2 + (y - cy) ** 2 < radius**2, : 4 if depth > 1 else 1] = label
+        if number == 5:
+            mask[mask == 9] = 0
+            mask[40, 8, 2] = 9
+        voxels = (rng.normal(100, 6, mask.shape) + 50 * (mask > 0)).astype(np.float32)
+        if depth > 1:
+            voxels[..., -1] = 100
+        scan: dict[str, Any] = {"modality": "MR", "patient": f"p{number}"}
+        for kind, values in (("path", voxels), ("mask", mask)):
+            image = nib.Nifti1Image(values, np.diag([1.5, 1.5, 4.0, 1.0]))
+            turned = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
+            scan[kind] = folder / kind / f"d{number}.nii.gz"
+            scan[kind].parent.mkdir(exist_ok=True)
+            nib.save(turned, scan[kind])
+        scans.append(scan)
+        masks.append(np.asarray(nib.load(scan["mask"]).dataobj))
+    prepare(save_manifest(folder / "discs.csv", scans), folder / "store", size_px=16)
+    return Store(folder / "store"), masks
+
+
+def test_the_truth_is_the_mask_of_the_file(discs: tuple[Store, list[NDArray]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is perfect on the stored grid is as far from the file as the grid is."""
+    store, masks = discs
+    assert len({(scan.source_axes, scan.source_flips) for scan in store.scans}) == 4
+    assert [len(scan.blank) for scan in store.scans] == [1, 1, 1, 1, 0, 1]
+    task = Task(Config(labels=(9, 3), names=("small", "large")), store)
+    judged = task.judge(Oracle(task), task.scans)  # type: ignore[arg-type]
+    slices = store.column("scan")
+    for i, (scan, mask) in enumerate(zip(store.scans, masks, strict=True)):
+        said = to_source_grid(store.masks(np.flatnonzero(slices == i)), scan)  # as predict writes it
+        spacing = tuple(scan.spacing_mm[axis] for axis in np.argsort(scan.source_axes))
+        if scan.depth == 1:
+            said, mask, spacing = said[..., 0], mask[..., 0], spacing[:2]
+        for k, label in enumerate((9, 3)):
+            if (i, label) == (5, 9):  # nothing of it is stored, but it is there
+                expected = 0.0, float(np.linalg.norm([96, 96, 24]))
+            else:
+                expected = slow_scores(said, mask, spacing, label)
+                assert 0.5 < expected[0] < 0.95
+            assert (judged.dice[i, k], judged.hd95_mm[i, k]) == pytest.approx(expected, rel=1e-5)
+
+    class_of = np.array([0, 0, 0, 2, 0, 0, 0, 0, 0, 1], dtype=np.uint16)
+    files = iter(masks)
+    monkeypatch.setattr(segment, "to_source_grid", lambda *_: class_of[next(files)])
+    ideal = task.judge(Oracle(task), task.scans)  # type: ignore[arg-type]
+    assert (ideal.dice == 1).all()
+    assert (ideal.hd95_mm == 0).all()
+
+
+def test_what_is_not_shrunk_needs_no_second_mask(fine: Store, store: Store) -> None:
+    assert not list(fine.path.glob("truth*"))
+    assert len(list(store.path.glob("truth*"))) == len(store.info.shard_slices) == 2
+    for some in (fine, store):
+        for number in range(8):
+            path = some.path.parent / "masks" / f"mr{number}.nii.gz"
+            mask = np.asarray(nib.load(path).dataobj) if number < 7 else np.zeros(SHAPE)
+            np.testing.assert_array_equal(some.source_mask(number), mask)
+        assert some.source_mask(8).shape == some.scans[8].source_shape
+
+
+def test_a_store_that_kept_no_masks_of_the_files_is_refused_at_once(store: Store, tmp_path: Path) -> None:
+    """As medclr made them before it judged against the files: everything else goes on with it."""
+    for path in store.path.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    info = json.loads((tmp_path / "store.json").read_text())
+    for name in [name for name in info["files"] if name.startswith("truth")]:
+        del info["files"][name]
+        (tmp_path / name).unlink()
+    (tmp_path / "store.json").write_text(json.dumps(info))
+    old = Store(tmp_path)
+    assert verify(tmp_path)
+    np.testing.assert_array_equal(old.masks(range(20)), store.masks(range(20)))
+    words = "its masks are coarser than those of the files, which the medclr that made it did not keep, .* delete the"
+    with pytest.raises(MedclrError, match=words):
+        Task(Config(), old)
+    with pytest.raises(MedclrError, match=words):
+        old.source_mask(0)
+    assert not old.source_mask(7).any(), "it has no mask"
 
 
 def test_source_axes_go_with_their_spacing(store: Store) -> None:

@@ -2,10 +2,12 @@
 
 import gc
 import json
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from cohort import mixed_cohort
@@ -25,20 +27,25 @@ from medclr.scans.nifti import read_mask
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with the manifest of ``mixed_cohort`` and its store."""
+    """A folder with the manifest of ``mixed_cohort`` and its store; and ``small``, in which masks are shrunk."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "SHARD_SLICES", 16)  # several shards
         prepare(mixed_cohort(folder), folder / "store", size_px=48)
+        prepare(folder / "mixed.csv", folder / "small", size_px=24)
     return folder
 
 
-@pytest.fixture
-def copy(made, tmp_path) -> Path:
+@pytest.fixture(params=["store"])
+def copy(made, tmp_path, request) -> Path:
     """The store, to be damaged."""
-    for path in (made / "store").iterdir():
+    for path in (made / request.param).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+small_too = pytest.mark.parametrize("copy", ["store", "small"], indirect=True)
+only_small = pytest.mark.parametrize("copy", ["small"], indirect=True)
 
 
 def test_reads_any_slices_in_any_order(made):
@@ -63,6 +70,28 @@ def test_reads_any_slices_in_any_order(made):
         else:
             assert not store.masks(wanted)[i].any()
     assert store.read([]).shape == (0, 48, 48)
+
+
+def test_masks_come_back_as_their_files_have_them(made):
+    for name, kept in (("store", 0), ("small", 2)):
+        store = Store(made / name)
+        members = []
+        for path in store.path.glob("truth-*.npz"):
+            with zipfile.ZipFile(path) as archive:
+                members += archive.infolist()
+        assert len(members) == kept
+        assert {member.date_time for member in members} <= {(1980, 1, 1, 0, 0, 0)}, "the same bytes at any time"
+        number = 0
+        for i, scan in enumerate(store.scans):
+            found = store.source_mask(i)
+            assert (found.shape, found.dtype) == (scan.source_shape, np.uint16)
+            if scan.has_mask:
+                mask = np.asarray(nib.load(made / "masks" / f"mr{number}.nii.gz").dataobj)
+                np.testing.assert_array_equal(found, mask)
+                number += 1
+            else:
+                assert not found.any()
+        assert number == 2
 
 
 def test_what_it_says_of_itself(made):
@@ -107,7 +136,7 @@ class TwoDisks:
         self.folders, self.reads = (Folder(even), Folder(odd)), 0
 
     def folder(self, name: str) -> Folder:
-        return self.folders[int(name.removesuffix(".npy")[-5:]) % 2]
+        return self.folders[int(Path(name).stem[-5:]) % 2]
 
     def size(self, name: str) -> int:
         return self.folder(name).size(name)
@@ -117,19 +146,23 @@ class TwoDisks:
         return self.folder(name).read(name, offset, into)
 
 
-def test_shards_may_lie_anywhere(copy, made, tmp_path, monkeypatch):
+@small_too
+def test_shards_may_lie_anywhere(copy, made, tmp_path, monkeypatch, request):
+    name = request.node.callspec.params["copy"]
     other = tmp_path / "disk"
     other.mkdir()
-    for path in copy.glob("*-*[13579].npy"):
+    for path in copy.glob("*-*[13579].np[yz]"):
         path.rename(other / path.name)
-    with pytest.raises(MedclrError, match=r"-0000\d\.npy: is missing from the store"):
+    with pytest.raises(MedclrError, match=r"-0000\d\.np[yz]: is missing from the store"):
         Store(copy)
-    whole, order = Store(made / "store"), [40, 3, 54, 4, 5, 17]
+    whole, order = Store(made / name), [40, 3, 54, 4, 5, 17]
     monkeypatch.setattr(blobs, "SHARDS", lambda folder: TwoDisks(folder, other))
     store = Store(copy)
     assert verify(copy).startswith(f"{copy} is whole")
     np.testing.assert_array_equal(store.read(order), whole.read(order))
     np.testing.assert_array_equal(store.masks(order), whole.masks(order))
+    for i in range(10):
+        np.testing.assert_array_equal(store.source_mask(i), whole.source_mask(i))
     (copy / "slices-00000.npy").unlink()
     with pytest.raises(MedclrError, match=r"slices-00000\.npy: is missing from the store"):
         Store(copy)
@@ -263,7 +296,14 @@ def test_damaged_json(copy, text):
         Store(copy)
 
 
-@pytest.mark.parametrize("name", ["slices-00001.npy", "masks-00002.npy", "slices.arrow", "scans.csv", "rejected.csv"])
+@pytest.mark.parametrize(
+    ("copy", "name"),
+    [
+        *[("store", f) for f in ("slices-00001.npy", "masks-00002.npy", "slices.arrow", "scans.csv", "rejected.csv")],
+        ("small", "truth-00002.npz"),
+    ],
+    indirect=["copy"],
+)
 def test_missing_truncated_or_altered_files(copy, name):
     path = copy / name
     whole = path.read_bytes()
@@ -289,6 +329,46 @@ def test_damage_that_keeps_its_size_is_noticed_on_reading(copy):
     table.write_bytes(b"x" * table.stat().st_size)
     with pytest.raises(MedclrError, match=r"slices\.arrow: is not a slice table"):
         Store(copy)
+
+
+@only_small
+def test_a_damaged_mask_is_the_same_or_one_sentence(copy):
+    """Any byte of the file may be another: some are read by nobody."""
+    scan = next(i for i, scan in enumerate(Store(copy).scans) if scan.has_mask)
+    path = copy / f"truth-{Store(copy).scans[scan].shard:05d}.npz"
+    whole, mask = path.read_bytes(), Store(copy).source_mask(scan)
+    told = same = 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            np.testing.assert_array_equal(Store(copy).source_mask(scan), mask)
+        except MedclrError as error:
+            told += str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:
+            same += 1
+    assert told + same == len(whole)
+    assert told > 0.8 * len(whole)
+    path.write_bytes(b"x" * len(whole))
+    with pytest.raises(MedclrError, match=r"npz: cannot be read \(File is not a zip file\); delete the store"):
+        Store(copy).source_mask(scan)
+
+
+@only_small
+def test_verify_holds_kept_masks_against_the_scans(copy):
+    path = copy / "truth-00002.npz"
+    with np.load(path) as archive:
+        (scan_id,) = archive.files
+        mask = archive[scan_id]
+    written = json.loads((copy / "store.json").read_text())["files"]
+    for held, message in (
+        ({"another": mask}, "holds the masks of other scans than scans.csv; delete"),
+        ({scan_id: mask[1:]}, r"holds uint16 \(6, 30, 14\), expected uint16 \(7, 30, 14\)"),
+    ):
+        np.savez_compressed(path, **held)
+        written[path.name] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+        edit_info(copy, files=written)
+        with pytest.raises(MedclrError, match=message):
+            verify(copy)
 
 
 def test_verify_holds_the_tables_against_each_other(copy):

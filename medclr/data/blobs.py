@@ -7,14 +7,18 @@ Bytes are read, not mapped: the pages of a map count as memory of the process fo
 a store that is larger than the memory would seem to fill it. The system keeps what was read lately all the same.
 """
 
+import io
 import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 from medclr.errors import MedclrError
+
+STREAM_BYTES = 2**20
+"""``stream`` asks for so many at a time: in an object store each time is a request."""
 
 OPEN_FILES = 128
 """So many shards stay open; the usual limit of a process is 1024 files."""
@@ -96,3 +100,33 @@ def read_whole(blobs: Blobs, path: Path, offset: int, into: memoryview, advice: 
         raise MedclrError(f"{path}: cannot be read ({error.strerror or error}); {advice}") from error
     if n < len(into):
         raise MedclrError(f"{path}: cannot be read (it ends at {offset + n:,} bytes); {advice}")
+
+
+def stream(blobs: Blobs, path: Path, size: int, advice: str) -> io.BufferedReader:
+    """A file of ``size`` bytes for those who read files, such as zipfile; it raises as ``read_whole``."""
+    return io.BufferedReader(_Raw(blobs, path, size, advice), STREAM_BYTES)
+
+
+class _Raw(io.RawIOBase):
+    """What ``stream`` buffers."""
+
+    def __init__(self, blobs: Blobs, path: Path, size: int, advice: str) -> None:
+        super().__init__()
+        self._blobs, self._path, self._size, self._advice = blobs, path, size, advice
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        into = memoryview(buffer)[: max(self._size - self._at, 0)]
+        read_whole(self._blobs, self._path, self._at, into, self._advice)
+        self._at += len(into)
+        return len(into)

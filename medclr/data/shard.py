@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import IO, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def write_shard(
     refused: Mapping[str, str] = {},
     stopped: Callable[[], bool] = lambda: False,
 ) -> Part:
-    """Decode the scans of a shard, and write its slices and its masks.
+    """Decode the scans of a shard, and write its slices and its masks; those that shrinking alters as they are, too.
 
     Args:
         shard: what to decode.
@@ -109,6 +110,7 @@ def write_shard(
         slices = stack.enter_context(_npy(out / stores.slices_name(shard.number), size_px, written))
         if has_masks:
             masks = stack.enter_context(_npy(out / stores.masks_name(shard.number), size_px, written))
+            keep = stack.enter_context(_npz(out / stores.truth_name(shard.number), written))
         for row, source in shard.scans:
             if stopped():
                 raise Stopped
@@ -124,18 +126,21 @@ def write_shard(
                 continue
             except MedclrError as error:
                 raise MedclrError(source.renamed(str(error))) from None
+            stored = stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices)
             try:
                 for squares in encode((scan.voxels[d] for d in kept), encoding, size_px):
                     slices(squares)
                 if mask is not None:
                     masks(encode_mask(mask[kept], encoding, size_px))
+                    if stored.loses_mask:
+                        keep(row.scan_id, mask, kept)
                 elif has_masks:
                     masks(np.zeros((len(kept), size_px, size_px), dtype=np.uint16))
             except (MedclrError, OSError):
                 raise
             except Exception as error:
                 raise RuntimeError(f"{row.path}: {source.renamed(str(error))}") from None
-            scans.append(stored_scan(row, scan, encoding, kept, mask is not None, shard.number, n_slices))
+            scans.append(stored)
             n_slices += len(kept)
     return Part(shard.number, scans, rejected, written)
 
@@ -260,5 +265,32 @@ def _npy(path: Path, size_px: int, written: dict[str, FileInfo]) -> Iterator[Cal
         written[path.name] = FileInfo(temporary.stat().st_size, files.sha256(temporary))
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+Keep = Callable[[str, NDArray[np.uint16], NDArray[np.int64]], None]
+
+
+@contextlib.contextmanager
+def _npz(path: Path, written: dict[str, FileInfo]) -> Iterator[Keep]:
+    """Yield a function that adds to a new .npz file, under a name, those slices [n] of a mask [D,H,W] that are stored.
+
+    On success the file is entered into ``written``; if nothing was added there is none. Its bytes follow from what was
+    added: zipfile dates what is written piece by piece to 1980.
+    """
+    with contextlib.ExitStack() as stack:
+        archives: list[zipfile.ZipFile] = []  # one, once there is something to add
+
+        def add(name: str, mask: NDArray[np.uint16], kept: NDArray[np.int64]) -> None:
+            if not archives:
+                temporary = stack.enter_context(files.writing(path, flushed=False))
+                archives.append(stack.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED)))
+            with archives[0].open(f"{name}.npy", "w", force_zip64=True) as file:
+                _write_header(file, (len(kept), *mask.shape[1:]))
+                for d in kept:
+                    file.write(mask[d].data)
+
+        yield add
+    if archives:
+        written[path.name] = FileInfo(path.stat().st_size, files.sha256(path))
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})

@@ -3,6 +3,8 @@
     store.json         what this is: format version, slice size, the manifest's hash, every file's size and SHA-256
     slices-NNNNN.npy   uint16 [n,S,S], whole scans one after another; physical value = offset + scale * stored
     masks-NNNNN.npy    uint16 [n,S,S], labels on the same grid; only where a scan of the shard has a mask
+    truth-NNNNN.npz    uint16 [n,H,W], by scan_id, the masks that were shrunk, at the resolution of their source: what
+                       is judged against. None of a scan that was not shrunk: the stored mask is that of its file
     slices.arrow       one row a slice: where it lies and what it means; mapped, so it opens at once
     scans.csv          one row a scan, with the way back to the voxels of its source file
     rejected.csv       the scans that could not be decoded, and why
@@ -20,12 +22,14 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,7 +39,7 @@ from medclr.data import blobs
 from medclr.data.blobs import Blobs, Folder, read_whole
 from medclr.data.encode import nearest
 from medclr.data.tables import REMAKE, StoredScan, read_scans, read_table, slice_table
-from medclr.errors import MedclrError
+from medclr.errors import MedclrError, one_line
 from medclr.progress import progress
 
 FORMAT_VERSION = 2
@@ -162,6 +166,59 @@ class Store:
         """[B,S,S], labels; 0 throughout for a scan without a mask (see ``StoredScan.has_mask``)."""
         return self._gather(indices, "masks")
 
+    def source_mask(self, scan: int) -> NDArray[np.uint16]:
+        """The labels in a scan's mask file, on the voxels of its source; 0 throughout for a scan without a mask.
+
+        Args:
+            scan: row of ``scans``.
+
+        Returns:
+            ``StoredScan.source_shape``, in the source file's own index order.
+
+        Raises:
+            MedclrError: an earlier medclr made the store and did not keep them, or they are not what was written.
+        """
+        stored = self.scans[scan]
+        if not stored.loses_mask:
+            first = int(self.column("scan").searchsorted(np.int32(scan)))  # of its own type: else the column is copied
+            return to_source_grid(self.masks(np.arange(first, first + stored.n_slices)), stored)
+        self.check_source_masks([scan])
+        shape = stored.n_slices, stored.height, stored.width
+        labels = np.empty(shape, dtype=np.uint16)  # [n,H,W]
+        with self._truth(stored.shard) as archive, archive.open(f"{stored.scan_id}.npy") as file:
+            _check_array(file, self.path / truth_name(stored.shard), shape)
+            for image in labels:
+                image[:] = np.frombuffer(file.read(image.nbytes), dtype="<u2").reshape(image.shape)
+        return _in_source_order(labels, stored)
+
+    def check_source_masks(self, scans: Iterable[int]) -> None:
+        """Raise MedclrError if ``source_mask`` cannot answer for some of ``scans``: an earlier medclr made them."""
+        for stored in map(self.scans.__getitem__, scans):
+            if stored.loses_mask and truth_name(stored.shard) not in self.info.files:
+                raise MedclrError(
+                    f"{self.path}: its masks are coarser than those of the files, which the medclr that made it did not"
+                    f" keep, so no segmentation can be judged; {REMAKE}"
+                )
+
+    @contextmanager
+    def _truth(self, shard: int) -> Iterator[zipfile.ZipFile]:
+        """The masks that are kept beside a shard.
+
+        Raises:
+            MedclrError: they are not what was written.
+        """
+        path = self.path / truth_name(shard)
+        try:
+            with (
+                blobs.stream(self._shards, path, self.info.files[path.name].size, REMAKE) as file,
+                zipfile.ZipFile(file) as archive,
+            ):
+                yield archive
+        except MedclrError:
+            raise
+        except Exception as error:  # zipfile raises anything on a damaged file
+            raise MedclrError(f"{path}: cannot be read ({one_line(error)}); {REMAKE}") from error
+
     def _gather(self, indices: ArrayLike, kind: str) -> NDArray[np.uint16]:
         indices = np.asarray(indices, dtype=np.int64)  # [B]
         size_px = self.info.size_px
@@ -252,6 +309,7 @@ def verify(store: Path) -> str:
             if name in info.files:
                 opened.begin(name, shard)
     _check_scans(opened)
+    _check_truth(opened)
     for name, column in slice_table(opened.scans, info.modalities, info.labels).items():
         if not np.array_equal(column, opened.column(name)):
             raise MedclrError(f"{opened.path / 'slices.arrow'}: column {name} contradicts scans.csv; {REMAKE}")
@@ -290,6 +348,24 @@ def _check_scans(store: Store) -> None:
             raise MedclrError(f"{store.path / 'store.json'}: {name} contradicts scans.csv; {REMAKE}")
 
 
+def _check_truth(store: Store) -> None:
+    """Raise unless the masks that are kept beside a shard are those of its scans that need it."""
+    needed: dict[int, dict[str, tuple[int, int, int]]] = {}  # shard -> member -> [n,H,W]
+    for scan in store.scans:
+        if scan.loses_mask:
+            shape = scan.n_slices, scan.height, scan.width
+            needed.setdefault(scan.shard, {})[f"{scan.scan_id}.npy"] = shape
+    for shard in range(len(store.info.shard_slices)):
+        if (name := truth_name(shard)) in store.info.files:
+            with store._truth(shard) as archive:
+                members = needed.get(shard, {})
+                if {*archive.namelist()} != {*members}:
+                    raise MedclrError(f"{store.path / name}: holds the masks of other scans than scans.csv; {REMAKE}")
+                for member, shape in members.items():
+                    with archive.open(member) as file:
+                        _check_array(file, store.path / name, shape)
+
+
 def to_source_grid(labels: NDArray[Any], scan: StoredScan) -> NDArray[Any]:
     """Bring labels on a scan's stored slices back to the voxels of its source file, by nearest neighbour.
 
@@ -303,8 +379,13 @@ def to_source_grid(labels: NDArray[Any], scan: StoredScan) -> NDArray[Any]:
     """
     rows = scan.content_top + nearest(scan.content_height, scan.height)  # [H]
     columns = scan.content_left + nearest(scan.content_width, scan.width)  # [W]
-    volume = np.zeros((scan.depth, scan.height, scan.width), dtype=labels.dtype)  # [D,H,W]
-    volume[scan.slice_indices()] = labels[:, rows[:, None], columns]
+    return _in_source_order(labels[:, rows[:, None], columns], scan)
+
+
+def _in_source_order(slices: NDArray[Any], scan: StoredScan) -> NDArray[Any]:
+    """The stored slices [n,H,W] of a scan at its own resolution -> as ``to_source_grid``."""
+    volume = np.zeros((scan.depth, scan.height, scan.width), dtype=slices.dtype)  # [D,H,W]
+    volume[scan.slice_indices()] = slices
     volume = np.flip(volume, tuple(axis for axis, flipped in enumerate(scan.source_flips) if flipped))
     return volume.transpose(np.argsort(scan.source_axes).tolist()).reshape(scan.source_shape)
 
@@ -317,6 +398,11 @@ def slices_name(shard: int) -> str:
 def masks_name(shard: int) -> str:
     """File name of a shard's masks."""
     return f"masks-{shard:05d}.npy"
+
+
+def truth_name(shard: int) -> str:
+    """File name of the masks of a shard that are kept at the resolution of their source."""
+    return f"truth-{shard:05d}.npz"
 
 
 def read_info(folder: Path) -> StoreInfo:
@@ -346,8 +432,8 @@ def read_info(folder: Path) -> StoreInfo:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file of a store holds slices or masks."""
-    return name.endswith(".npy")
+    """Whether a file of a store holds slices or masks: it may lie elsewhere, see ``blobs.py``."""
+    return name.endswith((".npy", ".npz"))
 
 
 def _check_header(shards: Blobs, path: Path, size: int, shape: tuple[int, ...]) -> int:
@@ -355,14 +441,21 @@ def _check_header(shards: Blobs, path: Path, size: int, shape: tuple[int, ...]) 
     head = bytearray(min(size, 4096))
     read_whole(shards, path, 0, memoryview(head), REMAKE)
     stream = io.BytesIO(head)
+    _check_array(stream, path, shape)
+    return stream.tell()
+
+
+def _check_array(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> None:
+    """Read the header of a .npy file that is, or lies in, ``path``; raise unless it is of uint16 of that shape."""
     try:
-        np.lib.format.read_magic(stream)
-        found, in_columns, dtype = np.lib.format.read_array_header_1_0(stream)  # the version that is written
-    except ValueError as error:
-        raise MedclrError(f"{path}: cannot be read ({error}); {REMAKE}") from error
+        np.lib.format.read_magic(file)
+        found, in_columns, dtype = np.lib.format.read_array_header_1_0(file)  # the version that is written
+    except MedclrError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: a damaged one raises anything
+        raise MedclrError(f"{path}: cannot be read ({one_line(error)}); {REMAKE}") from error
     if found != shape or dtype != np.uint16 or in_columns:
         raise MedclrError(f"{path}: holds {dtype} {found}, expected uint16 {shape}; {REMAKE}")
-    return stream.tell()
 
 
 def _check_size(path: Path, place: Blobs, size: int) -> None:

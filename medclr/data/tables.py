@@ -101,6 +101,11 @@ class StoredScan:
         """n, how many of its slices are stored."""
         return self.depth - len(self.blank)
 
+    @property
+    def loses_mask(self) -> bool:
+        """Whether it has a mask that its stored slices cannot give back: they have fewer rows or columns than it."""
+        return self.has_mask and (self.content_height, self.content_width) != (self.height, self.width)
+
     def slice_indices(self) -> NDArray[np.int64]:
         """[n], which of the source's D slices are stored."""
         return np.delete(np.arange(self.depth), self.blank)

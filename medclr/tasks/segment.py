@@ -167,6 +167,7 @@ class Task(BaseTask):
         if not rows:
             of = f" of modality {wanted}" if wanted else ""
             raise MedclrError(f"{store.path}: no scan{of} has a mask; give `medclr index` --masks")
+        store.check_source_masks(rows)  # judging needs them, which comes after hours of training
         self.scans: Ints = np.array(rows, dtype=np.int64)
         scan = store.column("scan")  # [N]
         self._first = np.searchsorted(scan, np.arange(len(store.scans) + 1))  # [scans + 1], where each scan begins
@@ -243,13 +244,17 @@ class Task(BaseTask):
         return np.concatenate(parts)
 
     def judge(self, model: Model, scans: Ints) -> Segmented:
-        """Dice and 95 % Hausdorff distance of whole scans, on the voxels of their source files."""
+        """Dice and 95 % Hausdorff distance of whole scans, on the voxels of their source files.
+
+        The truth is the mask of the file, whatever shrinking made of it: what the stored grid is too coarse for counts
+        against the model. A label that no stored mask shows any more is no class, and is background here.
+        """
         dice, hd95_mm = [], []
         with progress("judge", len(scans), "scans") as advance:
             for i in scans:
                 stored = self.store.scans[i]
                 predicted, spacing_mm = on_source(self.predicted(model, i), stored)  # [V]
-                truth, _ = on_source(self.targets(self._slices(np.array([i]))), stored)  # [V]
+                truth = self._class_of[self.store.source_mask(i)].reshape(predicted.shape)  # [V]
                 scores = agreement(predicted, truth, spacing_mm, len(self.classes))
                 dice.append(scores[0])
                 hd95_mm.append(scores[1])
