@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,9 @@ from medclr.data.cases import choose_cases, write_cases
 from medclr.data.store import Store
 from medclr.errors import MedclrError
 from medclr.files import write_json
+from medclr.finetune import read_wish as finetune_wish
 from medclr.outcomes import Classified, Outcome, Segmented, read_outcome, write_outcome
+from medclr.pretrain import read_settings
 from medclr.statistics import Equivalence, resample
 from medclr.tasks.classify import Config, Task
 
@@ -108,6 +111,22 @@ def test_every_shipped_file_is_complete_and_valid(path: Path) -> None:
     assert not plan.store.is_absolute()
     text = path.read_text()
     assert f"--config configs/compare/{path.name}" in text
+
+
+def test_the_recipes_are_those_that_were_measured() -> None:
+    """What a user is told to run is what stands in the results."""
+    told = finetune_wish(["--config", str(CONFIGS.parent / "finetune" / "few_masks.yaml"), "--store=s", "--out=o"])
+    dense = CONFIGS / "hippocampus_methods.yaml"
+    measured = wish_of(read_config(dense), "dense")
+    assert told.task == measured.task
+    assert told.settings == measured.settings
+    assert replace(told.own, labels=(1, 2), names=("anterior", "posterior")) == measured.own
+    scans = runpy.run_path(str(CONFIGS.parents[1] / "benchmarks" / "real_scans.py"))
+    config, own = scans["METHOD_RUNS"]["simclr"]
+    words = [f"--{key}={value}" for key, value in (scans["METHODS"] | scans["VOLUMES"] | own).items()]
+    run, file = CONFIGS.parent / "pretrain", ["--store=s", "--out=o"]
+    by_file = read_settings(["--config", str(run / "mr_crops.yaml"), *file])
+    assert by_file.resolved == read_settings(["--config", str(run / f"{config}.yaml"), *words, *file]).resolved
 
 
 @pytest.mark.parametrize(
