@@ -491,6 +491,19 @@ def test_wrong_dataset_json(ward: Ward, changes: dict[str, Any], message: str) -
         ward.index(masks=write_dataset(ward.root, **changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("mask.nii.gz", "is a single mask; give the folder"), ("mask.dat", r"is not a dataset\.json")]
+)
+def test_a_file_of_masks_that_is_no_table_is_not_quoted(ward: Ward, tmp_path: Path, name: str, message: str) -> None:
+    """An error of Python's about bytes that are no text holds them all."""
+    write_nifti(ward.root / "sub-01_T1w.nii")
+    (tmp_path / name).write_bytes(b"\xff\x00Mustermann" * 1000)
+    with pytest.raises(MedclrError, match=message) as error:
+        ward.index(masks=tmp_path / name)
+    assert "Mustermann" not in str(error.value)
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
+
+
 def test_splits_go_by_patient(ward: Ward) -> None:
     for i in range(12):
         write_nifti(ward.root / f"sub-{i // 2}_run-{i}_T1w.nii", i)

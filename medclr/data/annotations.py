@@ -142,6 +142,8 @@ def read_masks(path: Path) -> tuple[list[Mask], str | None]:
         )
         names = [p.relative_to(path).as_posix() for p in found]
         masks, modality = [Mask(path.absolute(), name, stem(name)) for name in names], None
+    elif path.name.endswith((".nii", ".nii.gz")) and path.is_file():
+        raise MedclrError(f"--masks {path}: is a single mask; give the folder that holds it, or a dataset.json")
     elif path.is_file():
         masks, modality = _read_dataset(path)
     else:
@@ -158,8 +160,9 @@ def _read_dataset(path: Path) -> tuple[list[Mask], str | None]:
         words = dataset.get("modality", {})
         told = {modality_of(str(word)).name for word in (words.values() if isinstance(words, dict) else [words])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MedclrError(
-            f'--masks {path}: is not a dataset.json with "training": [{{"image": ..., "label": ...}}, ...] ({error!r})'
+        raise MedclrError(  # its kind alone: what it says may quote the whole file
+            f'--masks {path}: is not a dataset.json with "training": [{{"image": ..., "label": ...}}, ...] '
+            f"({type(error).__name__})"
         ) from error
     root = path.parent.absolute()
     masks = []
