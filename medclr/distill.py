@@ -469,10 +469,9 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
     from_run = wish.init not in ("random", "imagenet") and Path(wish.init).is_dir()
     try:
         extra = model.start_from(Path(wish.init)) if from_run else []
-    except MedclrError as error:  # speaks of settings that the teacher has, and a student has not
+    except MedclrError as error:
         raise MedclrError(
-            f"--init {wish.init}: its decoder is not of the width of the teacher's; choose another --init, or a "
-            "teacher that was trained with the same segment.width"
+            f"--init {wish.init}: does not fit the student, which is built as its teacher ({error}); choose another run"
         ) from error
     if is_same:
         model.load_state_dict(teacher.state_dict())

@@ -225,6 +225,10 @@ def test_a_student_starts_from_a_pretrained_decoder_too(volume_store: Path, teac
     text = (tmp_path / "run" / "match.txt").read_text()
     assert "loaded\tdecoder.bottom.conv.weight" in text
     assert "loaded\tencoder.parts.0.0.weight" in text
+    medclr.pretrain(volume_store, tmp_path / "wide", settings={**small, **dense, "dense.width": 4})
+    with pytest.raises(MedclrError, match=r"wide: does not fit the student.*has 4; .*; choose another run"):
+        run(volume_store, tmp_path / "none", teacher, "resnet18", init=str(tmp_path / "wide"))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

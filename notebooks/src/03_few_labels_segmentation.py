@@ -6,8 +6,8 @@
 # the best and the worst, and the mask of a new scan.
 #
 # The pretraining is `dense`: it pulls the same point of a slice in two views together and tells it from other points,
-# so that encoder and decoder learn *where* things are, not only what is in the picture. On real scans it got furthest in
-# a short training; with a long one and five masks or more, the start matters little (`docs/results.md`).
+# so that encoder and decoder learn *where* things are, not only what is in the picture. On real scans it was ahead
+# of random weights with any number of masks: by much with one or two, by little with five or more (`docs/results.md`).
 #
 # It runs as it is on heads of invented patients (ventricles, and metastases in half of them), in about four minutes on
 # two cores. For your own scans, set `SCANS`, `MASKS` and `CLASSES`.
