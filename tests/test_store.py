@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 from cohort import mixed_cohort
 
@@ -226,6 +228,25 @@ def test_table_of_scans_survives_the_text(made):
         path.write_text(tables.scans_csv([odd]) + cells + "\n")
         with pytest.raises(MedclrError, match=r"odd\.csv: cannot be read"):
             tables.read_scans(path)
+
+
+def test_no_worker_of_arrow_holds_bytes_of_python(made, monkeypatch):
+    """A worker that lets go of them while the process ends needs Python, which is gone: the process would abort."""
+    text, scans = (made / "store" / "scans.csv").read_bytes(), Store(made / "store").scans
+    addresses, read_csv = [], pyarrow.csv.read_csv
+
+    def address(source: pa.BufferReader) -> int:
+        return source.read_buffer().address
+
+    def noted(source, **options):
+        addresses.append(address(source))
+        source.seek(0)
+        return read_csv(source, **options)
+
+    monkeypatch.setattr(pyarrow.csv, "read_csv", noted)
+    assert tables.parse_scans(text) == scans
+    assert len(addresses) == 1
+    assert addresses[0] != address(pa.BufferReader(text))
 
 
 def test_way_back_undoes_axes_flips_and_shrinking():

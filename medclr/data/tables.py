@@ -163,8 +163,12 @@ def parse_scans(text: bytes) -> list[StoredScan]:
     Raises:
         ValueError: a column or a cell is missing, is one too many, or cannot be read.
     """
+    # A copy that is Arrow's own: its worker may be the last to hold what was read, and a worker that has to ask Python
+    # to let go of it, as for ``bytes``, aborts a process that is ending (apache/arrow#34314).
+    owned = pa.BufferOutputStream()
+    owned.write(text)
     table = pyarrow.csv.read_csv(
-        pa.BufferReader(text),
+        pa.BufferReader(owned.getvalue()),
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={name: _ARROW.get(kind, pa.string()) for name, kind in _KINDS.items()}, null_values=[""]
