@@ -233,7 +233,7 @@ def _curves(axis: Any, results: Results, protocol: str, metric: str) -> None:
 def _legend(figure: Figure, axis: Any, title: str | None = None) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), fontsize=8.5, frameon=False,
-                  title=title, title_fontsize=8.5, alignment="left")  # fmt: skip
+                  title=title, title_fontsize=8.5, alignment="left", handlelength=3)  # fmt: skip
 
 
 def _stamp(figure: Figure, results: Results) -> None:
