@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medclr.data.dedup import COARSE, DISTANCE, hash_slices, near_copies, near_pairs, perceptual_hashes
+from medclr.data.copies import COARSE, DISTANCE, hash_slices, near_copies, near_pairs, perceptual_hashes
 from medclr.data.shown import shown
 from medclr.data.store import Store
 

@@ -16,8 +16,8 @@ from scipy.ndimage import gaussian_filter
 
 import medclr
 from medclr.augment.views import plain_view
-from medclr.data import dedup as module
-from medclr.data.dedup import COARSE, _choices, exact_copies, find_copies, hash_slices, near_copies, near_pairs
+from medclr.data import copies as module
+from medclr.data.copies import COARSE, _choices, exact_copies, find_copies, hash_slices, near_copies, near_pairs
 from medclr.data.leave_out import left_out
 from medclr.data.loader import load_batch
 from medclr.data.shown import shown

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from medclr.data.dedup import Copies
+from medclr.data.copies import Copies
 from medclr.data.shown import shown
 from medclr.data.store import Store
 from medclr.figures import COLOURS, INK, plain_axes
