@@ -30,16 +30,18 @@ from medclr.config import FinetuneConfig
 from medclr.data.cases import choose_cases, split_patients, write_cases
 from medclr.data.splits import refuse_overlap
 from medclr.data.store import Store
-from medclr.distill import NOT_ASKED, learnt_from, train_student
+from medclr.distill import NOT_ASKED, learnt_from, start_student, train_student
 from medclr.distill import read_wish as read_distill
 from medclr.embed import extract, scan_means
 from medclr.errors import MedclrError, Terminated
 from medclr.files import alone
 from medclr.finetune import Wish, finetune, read_wish, scans_of
+from medclr.models.encoder import Encoder
 from medclr.models.start import start_encoder
 from medclr.outcomes import Classified, write_outcome
 from medclr.probe import logistic, standardise
 from medclr.progress import duration, progress
+from medclr.scans.modality import modality_of
 from medclr.tasks import Task
 from medclr.tasks import get as get_task
 
@@ -129,7 +131,7 @@ def check(plan: CompareConfig) -> dict[str, int]:
             encoder, _ = start_encoder(start, wish.settings.network, size, store.info.size_px, seed=0)
             learnt = set(encoder.seen_patients)
             if init.teacher:
-                learnt |= _student_learns_from(plan, name, cases.test)
+                learnt |= _student_learns_from(plan, name, cases.test, encoder)
         except MedclrError as error:
             raise MedclrError(f"inits.{name}: {error}") from None
         scans = [store.scans[int(i)] for i in task.scans]
@@ -150,16 +152,18 @@ def check(plan: CompareConfig) -> dict[str, int]:
     return stamps
 
 
-def _student_learns_from(plan: CompareConfig, init: str, test: Collection[str]) -> set[str]:
+def _student_learns_from(plan: CompareConfig, init: str, test: Collection[str], teacher: Encoder) -> set[str]:
     """The patients of the slices, and of the weights, that a student adds to those of its teacher."""
     wish = read_distill(student_words(plan, init))
+    wanted = [modality_of(modality).name if modality else "all" for modality in (wish.modality, plan.modality)]
+    if wanted[0] != wanted[1]:
+        raise MedclrError(f"modality: {wanted[0]}, but its teacher is scored on {wanted[1]}; leave it out")
+    if wish.score not in (None, plan.store_of(init)):
+        raise MedclrError(f"score: {wish.score}, but its teacher is scored on {plan.store_of(init)}; leave it out")
     store = Store(wish.store)
     seen = {store.scans[int(i)].patient_id for i in learnt_from(wish, store, test)}
-    if wish.student != "same":
-        size = wish.settings.size_px or store.info.size_px
-        encoder, _ = start_encoder(wish.init, wish.settings.network, size, store.info.size_px, seed=0)
-        seen |= encoder.seen_patients
-    return seen
+    encoder, _ = start_student(wish, teacher, store)
+    return seen | encoder.seen_patients
 
 
 def wish_of(plan: CompareConfig, init: str, **changes: Any) -> Wish:

@@ -266,8 +266,15 @@ GROWING = {"protocols", "budgets", "seeds"}
 """Settings to which something may be added."""
 
 
+RULES = "2"
+"""Of how segmentations are judged and students are trained; raised with either, so that no cells of two rules meet.
+
+2: on the masks of the files, which a store may have shrunk; students take the settings of all.
+"""
+
+
 def found(config: CompareConfig) -> dict[str, dict[str, str]]:
-    """Init -> hashes of its weights and of its store's manifest: what must not change under the same names."""
+    """Init -> hashes of its weights and of its store's manifest, and the rules: what must not change under a name."""
     hashes = {}
     for name, init in config.inits.items():
         own = dotted(init.settings) if init.teacher else {}  # a student may have further weights, and slices
@@ -278,6 +285,8 @@ def found(config: CompareConfig) -> dict[str, dict[str, str]]:
             weights = files.sha256(path) if path.is_file() else ""
         info = Store(Path(own.get("store", config.store_of(name)))).info
         hashes[name] = {"weights": weights, "store": f"{info.manifest_sha256} {info.size_px}"}
+        if config.task == "segment" or init.teacher:
+            hashes[name]["rules"] = RULES
     return hashes
 
 
@@ -295,6 +304,12 @@ def open_comparison(out: Path, config: CompareConfig) -> None:
         now = {**resolved}
         for part in ("inits", "found"):  # whatever is new cannot contradict
             now[part] = {name: value for name, value in now[part].items() if name in was[part]}
+        if any(hashes.get("rules") != now["found"][name].get("rules") for name, hashes in was["found"].items()
+               if name in now["found"]):  # fmt: skip
+            raise MedclrError(
+                f"{out}: an earlier medclr judged its segmentations, or trained its students, by other rules; choose "
+                "another --out"
+            )
         changed = {key: pair for key, pair in differences(was, now).items() if key not in HARMLESS}
         for key in GROWING & changed.keys():
             before, after = changed[key]

@@ -162,6 +162,13 @@ def read_results(plan: CompareConfig, out: Path, stamps: Mapping[str, int]) -> R
             picture = folder / "figures" / "overlays.png"
             if picture.is_file():
                 pictures.setdefault(key, picture)
+    for key, judged in outcomes.items():
+        for ours, theirs in zip(judged, outcomes[key[0], plan.referred, key[2]], strict=True):
+            if sorted(ours.scan_id) != sorted(theirs.scan_id):
+                raise MedclrError(
+                    f"{out}: {', '.join(key)} patients was judged on other scans than {plan.referred}, so the two "
+                    "cannot be paired; judge both on the same"
+                )
     if not outcomes:
         raise MedclrError(f"{out}: no seed is whole over all inits and budgets yet; run it without --report-only")
     rows, taught, equivalents = _score(plan, outcomes, labelled, stamps)

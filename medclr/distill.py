@@ -51,7 +51,9 @@ from medclr.finetune import (
     write_scores,
 )
 from medclr.memory import keep_freed_memory
+from medclr.models.encoder import Encoder
 from medclr.models.start import start_encoder
+from medclr.models.weights import MatchReport
 from medclr.outcomes import Outcome, write_outcome
 from medclr.progress import duration
 from medclr.runs import open_folder
@@ -433,6 +435,7 @@ def _labels(wish: Wish, trained: Trained, cases: Cases) -> tuple[Task | None, st
         if task.classes != trained.model.classes:
             theirs, ours = (", ".join(classes) for classes in (trained.model.classes, task.classes))
             raise MedclrError(f"{path}: has the classes {ours}, and the teacher {theirs}; name its store as --score")
+        _check_size(task.store, trained.model.encoder.store_px)
         if not len(scans_of(task, task.store, cases.test)):
             raise MedclrError(f"{path}: holds none of the teacher's test patients; name their store as --score")
     except MedclrError as error:
@@ -442,27 +445,45 @@ def _labels(wish: Wish, trained: Trained, cases: Cases) -> tuple[Task | None, st
     return task, ""
 
 
-def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str]:
-    """The student as it starts, and what became of its tensors.
+def start_student(wish: Wish, teacher: Encoder, store: Store) -> tuple[Encoder, MatchReport | None]:
+    """The student's encoder as it starts; of the teacher only what it is, not what it learnt.
 
     Raises:
-        MedclrError: an unknown network, or weights of another one.
+        MedclrError: an unknown network, weights of another one, or slices of another size than the teacher's.
     """
-    settings, teacher = wish.settings, trained.model
     known = get_args(get_type_hints(EncoderConfig)["name"])
     if wish.student not in ("same", *known):
         raise MedclrError(f"--student {wish.student!r} is unknown{nearest(wish.student, ['same', *known])}")
-    is_same = wish.student == "same"
-    if is_same and wish.init != "random":
+    if wish.student == "same" and wish.init != "random":
         raise MedclrError(f"--init {wish.init}: the student 'same' starts from the teacher's weights; leave it out")
-    network = _network(wish, teacher.encoder.config)
-    size = settings.size_px or teacher.encoder.size_px
-    encoder, report = start_encoder(wish.init, network, size, store.info.size_px, settings.seed)
+    _check_size(store, teacher.store_px)
+    network, size = _network(wish, teacher.config), wish.settings.size_px or teacher.size_px
+    encoder, report = start_encoder(wish.init, network, size, store.info.size_px, wish.settings.seed)
     if encoder.config.name != network.name:
         raise MedclrError(
             f"--init {wish.init}: are weights of {encoder.config.name}, and the student is {network.name}; choose "
             f"--student {encoder.config.name}"
         )
+    return encoder, report
+
+
+def _check_size(store: Store, size_px: int) -> None:
+    """Raise MedclrError unless everything is as large in ``store`` as where the teacher learnt."""
+    if store.info.size_px != size_px:
+        raise MedclrError(
+            f"{store.path}: its slices are squares of {store.info.size_px} px, and the teacher learnt from {size_px} "
+            f"px; prepare it with --size-px {size_px}"
+        )
+
+
+def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str]:
+    """The student as it starts, and what became of its tensors.
+
+    Raises:
+        MedclrError: as of ``start_student``, or weights of a decoder that do not fit.
+    """
+    settings, teacher = wish.settings, trained.model
+    encoder, report = start_student(wish, teacher.encoder, store)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model: TaskModel = tasks.get(trained.task).Model(trained.config, encoder, teacher.classes)
@@ -473,7 +494,7 @@ def _student(wish: Wish, trained: Trained, store: Store) -> tuple[TaskModel, str
         raise MedclrError(
             f"--init {wish.init}: does not fit the student, which is built as its teacher ({error}); choose another run"
         ) from error
-    if is_same:
+    if wish.student == "same":
         model.load_state_dict(teacher.state_dict())
         names = list(model.state_dict())
         lines = [f"weights from {wish.teacher}", f"loaded {len(names)}", *(f"loaded\t{name}" for name in names)]

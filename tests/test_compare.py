@@ -24,7 +24,7 @@ from medclr.cli import main
 from medclr.compare import run_cell, run_comparison, wish_of
 from medclr.compare_figures import colours, marks
 from medclr.compare_page import write_report
-from medclr.compare_plan import Cell, CompareConfig, InitConfig, folder_name, read_config
+from medclr.compare_plan import Cell, CompareConfig, InitConfig, folder_name, open_comparison, read_config
 from medclr.compare_results import Results, Row, further, many_or_few, read_results, verdict, write_tables
 from medclr.config import read_yaml
 from medclr.data.cases import choose_cases, write_cases
@@ -286,6 +286,24 @@ def test_a_store_that_was_made_anew_is_another_comparison(copied: tuple[CompareC
         run_comparison(plan, out, run=fake_cell)
 
 
+def test_cells_of_older_rules_are_not_mixed_with_new_ones(
+    copied: tuple[CompareConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = copied
+    assert "rules" not in (out / "config.yaml").read_text(), "those of classification have not changed"
+    segmented = replace(plan, task="segment", protocols=("finetune",))
+    open_comparison(tmp_path / "s", segmented)
+    open_comparison(tmp_path / "s", replace(segmented, seeds=plan.seeds + 1))
+    before = (tmp_path / "s" / "config.yaml").read_text()
+    monkeypatch.setattr("medclr.compare_plan.RULES", "3")
+    assert before.count(", rules: '2'") == len(plan.inits)
+    for text in (before, before.replace(", rules: '2'", "")):  # older ones had none
+        (tmp_path / "s" / "config.yaml").write_text(text)
+        with pytest.raises(MedclrError, match=r"an earlier medclr judged its segmentations.*choose another --out"):
+            open_comparison(tmp_path / "s", segmented)
+        assert (tmp_path / "s" / "config.yaml").read_text() == text
+
+
 @pytest.mark.parametrize("name", ["letter.txt", "config.yaml"])
 def test_a_folder_of_something_else_is_left_alone(image_store: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("task: classify\n")
@@ -339,7 +357,7 @@ def test_predictions_of_other_test_patients_are_refused(copied: tuple[CompareCon
     plan, out = copied
     path = Cell("probe", "Other", "4", 0).folder(out) / "predictions.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-4]) + "\n")
-    with pytest.raises(MedclrError, match="different test patients"):
+    with pytest.raises(MedclrError, match="was judged on other scans than random"):
         run_comparison(plan, out, run=fake_cell)
 
 

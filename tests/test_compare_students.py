@@ -1,5 +1,6 @@
 """Comparisons in which one model teaches another: what distillation adds, on the same patients."""
 
+import contextlib
 import csv
 import importlib
 import json
@@ -110,6 +111,14 @@ def test_what_would_stop_a_student_stops_before_the_first_cell(image_store: Path
     for settings, sentence in (
         ({"temprature": 2}, "inits.distilled: unknown setting --temprature; the nearest"),
         ({"confidence": 2}, "inits.distilled: confidence: 2"),
+        ({"student": "resnet81"}, "inits.distilled: --student 'resnet81' is unknown; the nearest"),
+        (
+            {"init": "imagenet"},
+            "inits.distilled: --init imagenet: the student 'same' starts from",
+        ),
+        ({"network.width": 0.5}, "inits.distilled: network: the student 'same' has the teacher's"),
+        ({"modality": "CT"}, "inits.distilled: modality: CT, but its teacher is scored on all; leave it out"),
+        ({"score": str(tmp_path)}, "inits.distilled: score: "),
         ({"split": ""}, "patients are in both the distillation of distilled and the test set"),
     ):
         student = InitConfig("same", teacher="random", settings=settings)
@@ -172,6 +181,37 @@ def test_what_the_students_weights_have_seen_counts(image_store: Path, tmp_path:
     with pytest.raises(MedclrError, match="are in both the distillation of distilled and the test set"):
         check(plan)
     assert found(plan)["distilled"]["weights"] != found(plan)["random"]["weights"]
+
+
+def test_a_student_sees_as_many_slices_as_its_teacher(image_store: Path, tmp_path: Path) -> None:
+    pretrained = tiny.used(tiny.Tiny(EncoderConfig(slices=3)))
+    checkpoint.export_encoder(tmp_path / "run" / "encoder", pretrained, {"store_px": 32, "patients": []})
+    student = InitConfig("same", teacher="random", settings={"student": "resnet18", "init": str(tmp_path / "run")})
+    inits = {"random": INITS["random"], "distilled": student}
+    assert check(plan_of(image_store, inits=inits, settings=SMALL | {"network.slices": 3})).keys() == inits.keys()
+    with pytest.raises(MedclrError, match="its encoder sees 3 slices as channels, and 1 are asked for"):
+        check(plan_of(image_store, inits=inits))
+
+
+def test_a_student_sees_everything_as_large_as_its_teacher(
+    image_store: Path, without_labels: Path, tmp_path: Path
+) -> None:
+    prepare(tmp_path / "m.csv", tmp_path / "half", size_px=16, key_file=tmp_path / "key")
+    for name, told in ((without_labels.name, ""), ("half", "squares of 16 px, and the teacher learnt from 32 px")):
+        student = InitConfig("same", teacher="random", settings={"store": str(tmp_path / name), "labelled": 0.5})
+        plan = plan_of(image_store, inits={"random": INITS["random"], "distilled": student})
+        with pytest.raises(MedclrError, match=told) if told else contextlib.nullcontext():
+            check(plan)
+
+
+def test_what_was_judged_on_other_scans_is_not_paired(image_store: Path, tmp_path: Path, no_pictures: None) -> None:
+    plan, out = plan_of(image_store), tmp_path / "c"
+    run_comparison(plan, out)
+    path = cell(out, "distilled") / "predictions.csv"
+    first = path.read_text().splitlines()[1].split(",")[0]
+    path.write_text(path.read_text().replace(first, "another"))
+    with pytest.raises(MedclrError, match="finetune, distilled, 4 patients was judged on other scans than random"):
+        run_comparison(plan, out)
 
 
 def test_students_have_the_settings_of_all(image_store: Path) -> None:

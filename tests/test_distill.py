@@ -280,6 +280,20 @@ def test_labels_may_lie_in_a_store_of_their_own(
         run(unlabelled, tmp_path / "none", teacher, labelled=0.5)
     with pytest.raises(MedclrError, match="needs labelled scans"):
         run(image_store, tmp_path / "none", teacher, score=str(unlabelled))
+
+
+def test_everything_is_as_large_as_where_the_teacher_learnt(
+    unlabelled: Path, image_store: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """What is smaller than a store's squares is not enlarged: in another store it would look larger."""
+    half, sentence = {}, "half: its slices are squares of 16 px, and the teacher learnt from 32 px; prepare it with"
+    for store, manifest in ((unlabelled, "m.csv"), (image_store, "images.csv")):
+        half[store] = tmp_path / store.parent.name / "half"
+        prepare(store.with_name(manifest), half[store], size_px=16, key_file=store.with_name("key"))
+    with pytest.raises(MedclrError, match=sentence):
+        run(half[unlabelled], tmp_path / "none", teacher)
+    with pytest.raises(MedclrError, match=sentence):
+        run(unlabelled, tmp_path / "none", teacher, score=str(half[image_store]))
     assert not (tmp_path / "none").exists()
 
 

@@ -441,6 +441,28 @@ def test_the_truth_is_the_mask_of_the_file(discs: tuple[Store, list[NDArray]], m
     assert (ideal.hd95_mm == 0).all()
 
 
+def test_a_label_that_shrinking_removes_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng, scans = np.random.default_rng(0), []
+    for number in range(3):
+        mask = np.zeros((64, 64, 4), dtype=np.uint8)
+        mask[8:40, 8:40] = 1
+        mask[50, 50, 1 + number % 2] = 2 if number else 0  # a voxel that no stored pixel falls upon
+        voxels = rng.normal(100, 6, mask.shape).astype(np.float32)
+        files = {kind: save_nifti(tmp_path / kind / "v" / f"{number}.nii", values)
+                 for kind, values in (("path", voxels), ("mask", mask))}  # fmt: skip
+        scans.append(files | {"modality": "MR", "patient": f"p{number}"})
+    manifest = save_manifest(tmp_path / "scans.csv", scans)
+    for size_px, lost in ((64, False), (16, True)):
+        prepare(manifest, tmp_path / f"{size_px}", size_px=size_px)
+        store = Store(tmp_path / f"{size_px}")
+        capsys.readouterr()
+        assert Task(Config(), store).classes == (("1",) if lost else ("1", "2"))
+        told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert len(told) == lost
+        if lost:
+            assert f"label 2 (in the mask of scan {store.scans[1].scan_id}) is too small for slices of 16 px" in told[0]
+
+
 def test_what_is_not_shrunk_needs_no_second_mask(fine: Store, store: Store) -> None:
     assert not list(fine.path.glob("truth*"))
     assert len(list(store.path.glob("truth*"))) == len(store.info.shard_slices) == 2

@@ -4,8 +4,9 @@ Letters: n slices, C neighbouring slices as channels, S side of a stored slice, 
 (the background comes besides, as output 0), V voxels of a source in its own shape.
 """
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -174,6 +175,7 @@ class Task(BaseTask):
         shown = _values_shown(store, self._slices(self.scans))  # value -> [N]
         labels = tuple(config.labels) or tuple(sorted(shown))
         _check_labels(store, labels, shown)
+        _warn_of_lost(store, rows, shown)
         self.config = replace(config, labels=labels, names=tuple(config.names) or tuple(map(str, labels)))
         self.classes = self.config.names
         self._class_of = np.zeros(2**16, dtype=np.uint16)  # value -> 0..K
@@ -247,7 +249,8 @@ class Task(BaseTask):
         """Dice and 95 % Hausdorff distance of whole scans, on the voxels of their source files.
 
         The truth is the mask of the file, whatever shrinking made of it: what the stored grid is too coarse for counts
-        against the model. A label that no stored mask shows any more is no class, and is background here.
+        against the model. A label that no stored mask shows any more is no class, and is background here; whoever
+        opened the store was warned of it.
         """
         dice, hd95_mm = [], []
         with progress("judge", len(scans), "scans") as advance:
@@ -366,6 +369,27 @@ def _values_shown(store: Store, indices: Ints) -> dict[int, Bools]:
                 shown.setdefault(value, np.zeros(len(store), dtype=bool))[piece] = (masks == value).any((1, 2))
             advance(len(piece))
     return shown
+
+
+def _warn_of_lost(store: Store, scans: Sequence[int], shown: Collection[int]) -> None:
+    """Say which labels of the files are in no stored slice: they are neither learnt nor judged."""
+    lost: dict[int, str] = {}  # label -> the first scan that has it
+    shrunk = [i for i in scans if store.scans[i].loses_mask]
+    with progress("masks of the files", len(shrunk), "scans") as advance:
+        for i in shrunk:
+            occurs = np.zeros(2**16, dtype=bool)
+            occurs[store.source_mask(i).ravel()] = True
+            for value in np.flatnonzero(occurs)[1:].tolist():
+                if value not in shown:
+                    lost.setdefault(value, store.scans[i].scan_id)
+            advance(1)
+    for value, scan_id in sorted(lost.items()):
+        print(
+            f"medclr: warning: label {value} (in the mask of scan {scan_id}) is too small for slices of "
+            f"{store.info.size_px} px, which show it nowhere: it is neither learnt nor judged; prepare with a larger "
+            "--size-px",
+            file=sys.stderr,
+        )
 
 
 def _check_labels(store: Store, labels: Sequence[int], shown: dict[int, Bools]) -> None:
