@@ -150,6 +150,7 @@ def methods(data: Path, out: Path) -> None:
         print(medclr.pretrain(store, runs / f"hippocampus-{name}", config=file, settings=METHODS | VOLUMES | settings))
     compared("hippocampus_methods", out)
     compared("hippocampus_budgets", out)
+    compared("hippocampus_longer", out)
 
 
 def cxr_methods(data: Path, out: Path) -> None:
