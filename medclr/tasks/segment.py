@@ -379,8 +379,8 @@ def _warn_of_lost(store: Store, scans: Sequence[int], shown: Collection[int]) ->
         for i in shrunk:
             occurs = np.zeros(2**16, dtype=bool)
             occurs[store.source_mask(i).ravel()] = True
-            for value in np.flatnonzero(occurs)[1:].tolist():
-                if value not in shown:
+            for value in np.flatnonzero(occurs).tolist():
+                if value and value not in shown:
                     lost.setdefault(value, store.scans[i].scan_id)
             advance(1)
     for value, scan_id in sorted(lost.items()):
