@@ -293,7 +293,7 @@ def test_what_cannot_work_is_one_sentence(changed, options, sentence):
 def test_real_radiographs_have_the_copies_that_their_bytes_and_their_pixels_say(tmp_path):
     folder = shared_data("cxr_pediatric")
     medclr.index([folder], tmp_path / "cxr.csv", labels=folder / "labels.csv", modality="XR", key_file=tmp_path / "key")
-    medclr.prepare(tmp_path / "cxr.csv", tmp_path / "cxr", size_px=96)
+    medclr.prepare(tmp_path / "cxr.csv", tmp_path / "cxr", size_px=96, key_file=tmp_path / "key")
     summary = medclr.dedup(tmp_path / "cxr")
     of_files, of_pixels = defaultdict(list), defaultdict(list)
     for path in sorted((folder / "images").iterdir()):
