@@ -129,7 +129,8 @@ def test_own_scans_run_by_changing_the_path(source: Path, tmp_path: Path, monkey
     if source.stem.startswith("03"):
         changed["MASKS"] = tmp_path / "cohort" / "mr_masks"
     check_run(build.run(build.read_source(source), changed))
-    assert (tmp_path / "medclr_work" / "own" / "run" / "encoder").is_dir()
+    run = "run_dense" if source.stem.startswith("03") else "run"
+    assert (tmp_path / "medclr_work" / "own" / run / "encoder").is_dir()
 
 
 @pytest.mark.slow
