@@ -108,6 +108,7 @@ def check(plan: CompareConfig) -> dict[str, int]:
         MedclrError: wrong settings, a budget that cannot be met, stores of different scans, or an encoder that was
             pretrained on test patients.
     """
+    _opened.cache_clear()  # in a notebook, another store may lie at the same path by now
     stamps: dict[str, int] = {}
     first: tuple[str, Any] | None = None
     for name, init in plan.inits.items():

@@ -204,6 +204,19 @@ def test_a_student_sees_everything_as_large_as_its_teacher(
             check(plan)
 
 
+def test_a_store_that_took_the_place_of_another_is_read(
+    image_store: Path, without_labels: Path, tmp_path: Path
+) -> None:
+    """In one process, as in a notebook: a relative path in another folder, or a store that was made anew."""
+    shutil.copytree(image_store, tmp_path / "here")
+    plan = plan_of(tmp_path / "here", inits={"random": INITS["random"]})
+    check(plan)
+    shutil.rmtree(tmp_path / "here")
+    shutil.copytree(without_labels, tmp_path / "here")
+    with pytest.raises(MedclrError, match="classification needs labelled scans"):
+        check(plan)
+
+
 def test_what_was_judged_on_other_scans_is_not_paired(image_store: Path, tmp_path: Path, no_pictures: None) -> None:
     plan, out = plan_of(image_store), tmp_path / "c"
     run_comparison(plan, out)
