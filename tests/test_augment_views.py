@@ -48,6 +48,7 @@ def a_batch(names: tuple[str, ...], n: int = 12, size_px: int = 48) -> Batch:
         slice_index=whole,
         position=torch.full((n,), 0.5),
         label=torch.full((n,), -1),
+        group=modality,
         modalities=names,
     )
 

@@ -36,6 +36,7 @@ def a_batch(images: Tensor, names: tuple[str, ...] = ("MR",)) -> Batch:
         slice_index=whole,
         position=torch.full((n,), 0.5),
         label=torch.full((n,), -1),
+        group=whole % len(names),
         modalities=names,
     )
 

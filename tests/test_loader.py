@@ -228,12 +228,6 @@ def test_slices_of_a_group_are_volumes_of_one_modality_plane_and_body_part(tmp_p
     assert [named[order[row]] for row in some.scan.tolist() if row < 3] == [g for g in some.group.tolist() if g >= 0]
 
 
-def test_a_batch_that_is_made_by_hand_is_grouped_by_modality(store):
-    batch = load_batch(store, [2, 52])
-    by_hand = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "group"}
-    assert Batch(**by_hand).group.tolist() == batch.modality.tolist()
-
-
 # Shards that are read one after another
 
 

@@ -42,6 +42,7 @@ def batch_of(images: Tensor, content: tuple[float, ...] = (0, 0, SIDE, SIDE)) ->
         slice_index=whole,
         position=zeros,
         label=torch.full((n,), -1),
+        group=whole % len(NAMES),
         modalities=NAMES,
     )
 

@@ -70,6 +70,7 @@ def batch_of(n: int, seed: int = 0) -> Batch:
         slice_index=whole % 2,
         position=zeros,
         label=whole * 0 - 1,
+        group=torch.arange(n) % 2,
         modalities=("XR", "MR"),
     )
 

@@ -14,10 +14,10 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from threading import Event
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -61,15 +61,11 @@ class Facts:
     """float32 [B], d / (D - 1)."""
     label: Tensor
     """int64 [B], index into the store's labels; -1 = none."""
+    group: Tensor
+    """int64 [B], the same for volumes of one modality, plane and body part; below 0, and nobody else's, for a scan that
+    is a single image."""
     modalities: tuple[str, ...]
     """Names, keys of ``medclr.scans.modality.MODALITIES``."""
-    group: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
-    """int64 [B], the same for volumes of one modality, plane and body part; below 0, and nobody else's, for a scan that
-    is a single image. Left out, of a batch that is made by hand: the modality."""
-
-    def __post_init__(self) -> None:
-        if cast(Tensor | None, self.group) is None:
-            object.__setattr__(self, "group", self.modality)
 
     def __len__(self) -> int:
         return len(self.index)
