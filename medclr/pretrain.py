@@ -216,6 +216,7 @@ def train(request: Request, started: float, enough: Enough | None = None) -> Run
             chain.check(settings.views, [store.info.modalities[kind] for kind in kinds])
             keep_freed_memory()
             method = _build(request, group, device)
+            method.check(store, loader.indices)
         with contextlib.ExitStack() as held:
             with group.together():
                 if group.is_first:  # after all else that can be refused: a run that never started leaves nothing

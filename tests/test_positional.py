@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import medclr
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.losses import nt_xent as module
@@ -198,6 +199,16 @@ def test_order_scale_and_role_do_not_matter(form: Any) -> None:
     torch.testing.assert_close(loss(b, a, PLACES), expected)
     torch.testing.assert_close(loss(7 * a, 0.01 * b, PLACES), expected)
     assert not torch.isclose(loss(a, b, PLACES[order]), expected), "places matter"
+
+
+@pytest.mark.parametrize("method", ["positional", "dense"])
+def test_single_images_are_refused_before_a_run_is_begun(method: str, image_store: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": method, "epochs": 1, "batch": 4, "views.size_px": 16, "device": "cpu"}
+    if method == "dense":
+        settings |= {"dense.global_weight": 1.0, "dense.global_positives": "position"}
+    with pytest.raises(MedclrError, match=r"store: all slices are at one place.*choose method simclr"):
+        medclr.pretrain(image_store, tmp_path / "run", settings=settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -11,12 +11,15 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medclr.augment.views import Draws
 from medclr.config import nearest
 from medclr.data.loader import Batch
+from medclr.data.store import Store
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 
@@ -31,6 +34,9 @@ class PretrainingMethod(nn.Module):
     """
 
     encoder: nn.Module
+
+    def check(self, store: Store, indices: NDArray[np.int64]) -> None:
+        """Raise MedclrError if there is nothing to learn from those slices of ``store``; before a run is begun."""
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B,C,S,S] -> features [B,F], and the embeddings [B,K] in which the loss is taken, for the monitor.

@@ -11,19 +11,23 @@ channels, P points of an image, E components of a point's embedding, G of an ima
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medclr.augment.points import shared_points
 from medclr.augment.views import Draws
 from medclr.data.loader import Batch
+from medclr.data.store import Store
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.losses.nt_xent import Form, nt_xent
 from medclr.losses.points import Others, point_nt_xent
 from medclr.losses.positional import positional_nt_xent
 from medclr.methods import PretrainingMethod
+from medclr.methods.positional import check_places
 from medclr.models.encoder import Encoder
 from medclr.models.heads import ProjectionHead
 from medclr.models.unet import UNetDecoder
@@ -158,6 +162,11 @@ class Method(PretrainingMethod):
         flat = sampled[:, :, :, 0].mT.flatten(0, 1)  # [m*P,C]
         local: Tensor = self.local(flat)  # [m*P,E]
         return maps[-1].mean((2, 3)), local.to(at.dtype).view(*at.shape[:2], -1)
+
+    def check(self, store: Store, indices: NDArray[np.int64]) -> None:
+        """As ``check_places``, where places count."""
+        if self.config.global_weight and self.config.global_positives == "position":
+            check_places(store, indices)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B,C,S,S] -> features [B,F]; embeddings of four points of each [4B,E], or its own [B,G] if learnt."""

@@ -10,10 +10,13 @@ Letters: B images, K components of the embedding.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medclr.data.store import Store
 from medclr.distributed import Group
 from medclr.errors import MedclrError
 from medclr.losses.nt_xent import Form
@@ -52,6 +55,15 @@ class Config:
             raise MedclrError(f"out_features: {self.out_features} is below 1; 128 is usual")
 
 
+def check_places(store: Store, indices: NDArray[np.int64]) -> None:
+    """Raise MedclrError if the slices are all at one place, as single images are."""
+    if np.ptp(store.column("position")[indices]) == 0:
+        raise MedclrError(
+            f"{store.path}: all slices are at one place of their volumes, and contrast by position needs volumes of "
+            "several slices; for single images choose method simclr"
+        )
+
+
 class Method(simclr.Method):
     """Encoder and projection head, as in SimCLR; what attracts each other is another matter."""
 
@@ -59,6 +71,10 @@ class Method(simclr.Method):
 
     def __init__(self, config: Config, encoder: nn.Module) -> None:
         super().__init__(config, encoder)  # type: ignore[arg-type]
+
+    def check(self, store: Store, indices: NDArray[np.int64]) -> None:
+        """As ``check_places``."""
+        check_places(store, indices)
 
     def objective(
         self, a: Tensor, b: Tensor, facts: Any = None, group: Group | None = None
